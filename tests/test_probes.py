@@ -62,8 +62,8 @@ def knn_loop(train_x, train_y, test_x, k, temperature):
         votes = {}
         for i in near:
             votes.setdefault(train_y[i].item(), []).append(cos[i])
-        score = (lambda c: sum(math.exp(s / temperature) for s in votes[c])) if temperature else (lambda c: (len(votes[c]), sum(votes[c])))
-        out.append(max(votes, key=score))
+        score = {c: sum(math.exp(s / temperature) for s in cs) if temperature else (len(cs), sum(cs)) for c, cs in votes.items()}
+        out.append(max(score, key=score.get))
     return torch.tensor(out)
 
 
@@ -80,7 +80,7 @@ def test_knn_is_the_same_in_any_chunk(monkeypatch):
     x, q, y = torch.randn(50, 6, generator=rand), torch.randn(33, 6, generator=rand), torch.randint(0, 3, (50,), generator=rand)
     whole = knn_predict(x, y, q)
     sizes, split = [], torch.Tensor.split
-    monkeypatch.setattr(torch.Tensor, "split", lambda t, n, *a: sizes.append(n) or split(t, 4 if n > 4 else n, *a))
+    monkeypatch.setattr(torch.Tensor, "split", lambda t, n, *a: sizes.append(n) or split(t, min(n, 4), *a))
     assert torch.equal(knn_predict(x, y, q), whole)
     assert sizes[0] * len(x) <= 2**25
 
@@ -122,7 +122,7 @@ def test_sweep_equals_separate_runs(optimizer):
         alone = fit_heads(x, y, 3, [lr], **options)
         assert torch.allclose(together.heads[r].weight, alone.heads[0].weight, atol=1e-5)
         assert torch.allclose(together(x)[:, r], alone(x)[:, 0], atol=1e-5)
-    assert not torch.allclose(together.heads[0].weight, together.heads[2].weight, atol=1e-3)
+    assert not torch.allclose(together.heads[0].bias, together.heads[2].bias, atol=1e-3)
 
 
 def test_sweep_survives_a_rate_that_diverges():
@@ -131,6 +131,14 @@ def test_sweep_survives_a_rate_that_diverges():
     x = torch.randn(100, 3, generator=rand) + 4 * y[:, None]
     predicted, settings = linear_predict(x, y, x, ProbeConfig(lrs=(0.1, 1e38), epochs=5))
     assert settings["lr"] == 0.1 and (predicted == y).float().mean() > 0.95
+
+
+def test_among_equally_accurate_rates_the_lower_loss_wins():
+    rand = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 2, (200,), generator=rand)
+    x = torch.randn(200, 3, generator=rand) + 12 * y[:, None]
+    _, settings = linear_predict(x, y, x, ProbeConfig(lrs=(0.003, 0.3), epochs=5))
+    assert settings["held_out_accuracy"] == 1 and settings["lr"] == 0.3
 
 
 def test_test_labels_and_order_cannot_matter():
@@ -146,6 +154,7 @@ def test_lars_is_the_authors():
     with safe_open(data_dir() / "reference" / "linprobe_lars.safetensors", "pt") as f:
         ref, cfg = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["config"])
     heads = Heads(cfg["dim"], cfg["classes"]).train()
+    assert not list(heads.norm.parameters())                                                    # no learned scale and shift
     assert heads.norm.eps == cfg["bn_eps"] and heads.norm.momentum == cfg["bn_momentum"]
     heads.heads[0].load_state_dict({k: ref[f"weights/head.1.{k}"] for k in ("weight", "bias")})
     optimizer = head_optimizer(heads, [cfg["lr"]], "lars")
@@ -210,6 +219,16 @@ def test_features_of_any_encoder_and_any_batch_size(build):
     assert big["mean"].y.tolist() == images.labels and big["mean"].names[10] == "square 10"
     results = [probe(encoder, images, Colours(20, seed=3), kind=k, batch_size=b, progress=False, config=ProbeConfig(epochs=3)) for k in ("knn", "linear") for b in (5, 16)]
     assert results[0] == results[1] and results[2] == results[3]
+
+
+def test_the_encoder_is_frozen():
+    "Dropout is off while features are taken, and no weight changes."
+    encoder = timm.create_model("vit_tiny_patch16_224", pretrained=False, img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2, proj_drop_rate=0.5).train()
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    first, second = (extract_features(encoder, Colours(6), progress=False)["mean"].x for _ in range(2))
+    assert torch.equal(first, second) and not first.requires_grad
+    probe(encoder, Colours(8), Colours(4), kind="linear", progress=False, config=ProbeConfig(epochs=2))
+    assert all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())
 
 
 def test_one_pass_serves_all_kinds_and_pools():

@@ -6,9 +6,8 @@
 __all__ = ['METHODS', 'method_name', 'config_from_dict', 'save_model', 'open_model', 'open_encoder', 'to_timm', 'timm_arguments',
            'export_model']
 
-# %% ../../nbs/methods/19_catalogue.ipynb #fa180ea3
+# %% ../../nbs/methods/19_catalogue.ipynb #15d3a8e3
 import json
-import re
 from dataclasses import asdict, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -40,7 +39,7 @@ def config_from_dict(method: str, values: dict) -> ModelConfig:
         raise UserError(f"method {method!r} has no field {', '.join(sorted(unknown))}; was the file written by another version?")
     return METHODS[method](**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
-# %% ../../nbs/methods/19_catalogue.ipynb #e92f8e98
+# %% ../../nbs/methods/19_catalogue.ipynb #52aaad6b
 def save_model(folder: str | Path, model: MaskedAutoencoder, config: ModelConfig, extra: dict | None = None):
     "Write model.safetensors and model.json (method, config, and `extra`: recipe, seed, step ...) into `folder`."
     folder = Path(folder)
@@ -60,7 +59,7 @@ def _read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise UserError(f"{folder / 'model.json'}: is damaged ({error})") from error
     return config, load_state(folder / "model.safetensors")
 
-# %% ../../nbs/methods/19_catalogue.ipynb #2a5cc583
+# %% ../../nbs/methods/19_catalogue.ipynb #ae91ee8e
 def _published(path: Path) -> tuple[type[ModelConfig] | None, dict[str, Tensor]]:
     "The method that recognises a published checkpoint (None: encoder only) and its tensors, without classifier heads."
     state = load_state(path)
@@ -127,7 +126,7 @@ def open_encoder(spec: str | Path, pretrained: bool = True, seed: int = 0) -> nn
         raise UserError(f"{spec}: no such file or folder. Give a run folder, a checkpoint, or a timm name such as vit_base_patch16_224.mae")
     return _timm_encoder(str(spec), pretrained, seed)
 
-# %% ../../nbs/methods/19_catalogue.ipynb #904bcea0
+# %% ../../nbs/methods/19_catalogue.ipynb #7c21d188
 def _timm_encoder(name: str, pretrained: bool, seed: int) -> nn.Module:
     import timm
     known = timm.list_models("vit_*") + timm.list_models("vit_*", pretrained=True)

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['CrossMAE']
 
-# %% ../../nbs/methods/11_crossmae.ipynb #4ea27012
+# %% ../../nbs/methods/11_crossmae.ipynb #8bfd97c0
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from .mae import DECODER_KEYS, ENCODER_KEYS, sizes_of

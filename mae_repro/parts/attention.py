@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['attend', 'attention_weights', 'split_heads', 'merge_heads', 'Attention', 'CrossAttention']
 
-# %% ../../nbs/parts/04_attention.ipynb #fc1b8d8d
-import torch
+# %% ../../nbs/parts/04_attention.ipynb #41a35d9c
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn

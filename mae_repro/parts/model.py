@@ -6,7 +6,7 @@
 __all__ = ['take_views', 'PixelTarget', 'Reconstruction', 'MaskedAutoencoder', 'initialise_mae', 'ModelConfig',
            'nearby_statistics', 'paint']
 
-# %% ../../nbs/parts/07_model.ipynb #9f35bc5c
+# %% ../../nbs/parts/07_model.ipynb #3e4afa56
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .decoders import Decoder
 from .encoder import Encoder, encode_views, take_patches
 from .masking import BlockMasking, GridMasking, Masks, RandomMasking
-from .patches import grid_size, patchify, unpatchify
+from .patches import denormalise, grid_size, patchify, unpatchify
 
 # %% ../../nbs/parts/07_model.ipynb #594333a5
 def take_views(views: Tensor, ids: tuple[Tensor, ...], patch_size: int) -> Tensor:

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['BUILT_IN_CROPS', 'Probe', 'Figure', 'TrainingFailed', 'TrainingStopped', 'new_run_dir', 'run_lock', 'write_json',
-           'read_config', 'read_metrics', 'environment', 'fingerprint', 'open_views', 'ignore_signals', 'Watch',
-           'Interrupt', 'processes', 'idle_parameters', 'start_accelerator', 'on_main', 'Trainer', 'update',
-           'step_seed', 'micro_loss', 'watch_loss', 'fail', 'state_of', 'save', 'share', 'restore',
+           'read_config', 'read_metrics', 'commit', 'environment', 'fingerprint', 'Decoded', 'open_views',
+           'ignore_signals', 'Watch', 'Interrupt', 'processes', 'idle_parameters', 'start_accelerator', 'on_main',
+           'Trainer', 'update', 'step_seed', 'micro_loss', 'watch_loss', 'fail', 'state_of', 'save', 'share', 'restore',
            'forget_what_follows', 'draw', 'measure', 'log', 'Clock', 'batches_to_do', 'fit', 'finish', 'pretrain',
-           'resume', 'is_finished']
+           'resume', 'is_finished', 'release']
 
-# %% ../../nbs/training/33_pretrain.ipynb #ae10cada
+# %% ../../nbs/training/33_pretrain.ipynb #81b33349
 import contextlib
 import datetime
 import errno
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -78,7 +79,7 @@ def run_lock(run_dir: Path):
             raise UserError(f"{run_dir} is being trained by another process; wait for it, or stop it first") from None
         yield
 
-# %% ../../nbs/training/33_pretrain.ipynb #3bd98f88
+# %% ../../nbs/training/33_pretrain.ipynb #53a4dd8d
 def write_json(path: Path, value) -> None:
     "Write JSON aside and rename, so that the file is never seen half-written."
     aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
@@ -104,14 +105,24 @@ def read_metrics(run_dir: Path | str) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def commit() -> str | None:
+    "Commit of the checkout that this package is run from, with `-dirty` if it was changed; None if it is installed, or git is missing."
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    here = Path(importlib.util.find_spec("mae_repro").origin).parent
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")   # a package in somebody else's repository is not ours
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def environment() -> dict:
-    "Where this runs: commit of the code (if it is in a git checkout), versions, machine, command."
+    "Where this runs: commit of the code, versions, machine, command."
     import timm
     import torchvision
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True) if shutil.which("git") else None
     return {"time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            "commit": git.stdout.strip() if git and git.returncode == 0 else None,
+            "commit": commit(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__},
             "system": platform.platform(), "cores": os.cpu_count(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "command": sys.argv}
@@ -127,16 +138,34 @@ def fingerprint(config: Config) -> str:
     kept = {k: {n: x for n, x in v.items() if n not in _FREE.get(k, ())} if isinstance(v, dict) else v for k, v in plain.items()}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../../nbs/training/33_pretrain.ipynb #abdf3079
+# %% ../../nbs/training/33_pretrain.ipynb #f9155888
 BUILT_IN_CROPS = 2000
+
+
+class Decoded:
+    "An image set that decodes each image once and keeps it: for the built-in photographs, where decoding would take longer than training."
+
+    def __init__(self, images):
+        self.images, self.kept = images, {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, i: int) -> str:
+        return self.images.name(i)
+
+    def load(self, i: int):
+        if i not in self.kept:
+            self.kept[i] = self.images.load(i)
+        return self.kept[i]
 
 
 def open_views(config: Config) -> Views:
     "The data set of a config, indexed by (epoch, index); UserError if there is no data where the config says."
     d, m = config.data, config.method
-    images = open_images(d.root, d.split if d.root else None, d.limit)
+    images = open_images(d.root, d.split, d.limit) if d.root else Decoded(open_images(None, limit=d.limit))
     repeats = d.repeats or (1 if d.root else math.ceil(BUILT_IN_CROPS / len(images)))
-    return Views(images, SingleCrop(m.img_size, config.views.scale, config.views.flip), m.patch_size, config.train.seed, repeats)
+    return Views(images, SingleCrop(m.img_size, config.views.scale, flip=config.views.flip), m.patch_size, config.train.seed, repeats)
 
 
 def ignore_signals(_: int) -> None:
@@ -547,7 +576,7 @@ def is_finished(run_dir: Path | str) -> bool:
     "True if the run was trained to its end."
     return (Path(run_dir) / "summary.json").is_file()
 
-# %% ../../nbs/training/33_pretrain.ipynb #a2fdbd48
+# %% ../../nbs/training/33_pretrain.ipynb #6c84ba3f
 def _found_run(config: Config, run_dir: Path | str | None, base: Path | str) -> Path:
     folder = new_run_dir(config.recipe, base) if run_dir is None else Path(run_dir)
     if folder.exists() and any(folder.iterdir()):
@@ -564,19 +593,28 @@ def _train(config: Config, run_dir: Path, views: Views, accelerator, probe, figu
         stack.callback(accelerator.end_training)
         interrupt = stack.enter_context(Interrupt(patient=several))
         trainer = Trainer(config, run_dir, views, accelerator, interrupt)
+        stack.callback(release, trainer)
         try:
             start = restore(trainer)
             on_main(accelerator, lambda: _note_launch(run_dir, start, accelerator))
-            accelerator.project_configuration.set_directories(str(run_dir))
+            accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(run_dir)
             accelerator.init_trackers("tensorboard" if not config.train.wandb else config.train.wandb, init_kwargs={
                 "tensorboard": {"purge_step": start + 1 if start else None},
                 "wandb": {"id": hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12], "resume": "allow", "dir": str(run_dir)}})
             fit(trainer, probe, figure, progress and accelerator.is_main_process)
+            accelerator.wait_for_everyone()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise TrainingFailed(f"no space left for {run_dir} at step {trainer.done}; the last checkpoint is intact. Make room, then: mae-repro resume {run_dir}") from None
     return run_dir
+
+
+def release(trainer: Trainer) -> None:
+    """Let go of the wrapped model before the process group ends: otherwise its reducer is the group's last owner, and waits, holding Python's
+    lock, for a thread of the group that waits for that lock (seen with torch 2.11 and gloo, in one run out of three)."""
+    trainer.model = None
+    trainer.accelerator.free_memory()
 
 
 def _note_launch(run_dir: Path, step: int, accelerator) -> None:

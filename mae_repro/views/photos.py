@@ -243,7 +243,7 @@ def _npz(paths: list[Path]) -> Encoded:
         start += len(jpeg)
     return Encoded(np.concatenate(names), labels, classes, np.concatenate(jpegs), np.concatenate(spans))
 
-# %% ../../nbs/views/20_photos.ipynb #6689084e
+# %% ../../nbs/views/20_photos.ipynb #0620348e
 class _ArraysOnly(pickle.Unpickler):
     "An unpickler that can rebuild numpy arrays, lists, dicts, strings and numbers, and call nothing else."
 
@@ -272,7 +272,10 @@ def _cifar(folder: Path, paths: list[Path]) -> Pixels:
         except Exception as error:
             raise UserError(f"{path} is not a file of CIFAR-10: {error}. Fetch cifar-10-python.tar.gz again") from error
     batches = [read(path) for path in paths]
-    text = lambda values: [v.decode() if isinstance(v, bytes) else str(v) for v in values]
+
+    def text(values):
+        return [v.decode() if isinstance(v, bytes) else str(v) for v in values]
+
     try:
         pixels = np.concatenate([b["data"] for b in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).astype(np.uint8, order="C")
         labels = [int(y) for b in batches for y in b["labels"]]
