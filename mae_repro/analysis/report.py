@@ -19,7 +19,7 @@ from torch import Tensor
 from ..parts.model import MaskedAutoencoder, Reconstruction, paint
 from ..parts.patches import denormalise, patchify, show_images, unpatchify
 
-# %% ../../nbs/analysis/55_report.ipynb #8ca5eb2f
+# %% ../../nbs/analysis/55_report.ipynb #a3fd9268
 @torch.no_grad()
 def reconstruct_all(model: MaskedAutoencoder, views: Tensor, seed: int = 0) -> Reconstruction:
     "Reconstruct normalised views (B, V, 3, H, W), predicting every hidden patch; masks from `seed`, the same for every model of this size."
@@ -53,7 +53,7 @@ def reconstruction_rows(model: MaskedAutoencoder, views: Tensor, seed: int = 0) 
 def reconstruction_figure(model: MaskedAutoencoder, views: Tensor, path: str | Path | None = None, most: int = 6):
     "Figure of up to `most` samples, one column each; saved as PNG if `path` is given. The function that pre-training calls every few epochs."
     rows = reconstruction_rows(model, views[:most])
-    figure = show_images([list(r) for r in rows.values()], row_titles=[name.split(" (")[0] for name in rows], size=1.3)
+    figure = show_images([list(r) for r in rows.values()], row_titles=[name.split(" (")[0] for name in rows], size=1.15)
     if path is not None:
         figure.savefig(path, dpi=100)
     return figure

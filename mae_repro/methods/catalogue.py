@@ -126,7 +126,7 @@ def open_encoder(spec: str | Path, pretrained: bool = True, seed: int = 0) -> nn
         raise UserError(f"{spec}: no such file or folder. Give a run folder, a checkpoint, or a timm name such as vit_base_patch16_224.mae")
     return _timm_encoder(str(spec), pretrained, seed)
 
-# %% ../../nbs/methods/19_catalogue.ipynb #7c21d188
+# %% ../../nbs/methods/19_catalogue.ipynb #b4a4ef89
 def _timm_encoder(name: str, pretrained: bool, seed: int) -> nn.Module:
     import timm
     known = timm.list_models("vit_*") + timm.list_models("vit_*", pretrained=True)
@@ -159,12 +159,12 @@ def timm_arguments(encoder: Encoder) -> dict:
 
 
 def export_model(run: str | Path, to: str, out: str | Path) -> str:
-    """Write a model for others: to "timm" (encoder only, timm's names, .safetensors) or "official" (the authors' names, .pth).
+    """Write a model for others: to "timm" (encoder only, timm's names, .safetensors), "official" (the authors' names, .pth), or "half" (a folder like
 
-    Returns how to load it. UserError for another target or a file that exists already."""
+    a run's, weights in float16, with what model.json said). Returns how to load it. UserError for another target or if `out` exists already."""
     run, out = Path(run), Path(out)
-    if to not in ("timm", "official"):
-        raise UserError(f"--to {to!r} is not known; choose timm or official")
+    if to not in ("timm", "official", "half"):
+        raise UserError(f"--to {to!r} is not known; choose timm, official or half")
     if out.exists():
         raise UserError(f"{out}: exists already; remove it or choose another --out")
     model, config = open_model(run)
@@ -173,5 +173,9 @@ def export_model(run: str | Path, to: str, out: str | Path) -> str:
         save_state(model.encoder.state_dict(), out, {"architecture": json.dumps(timm_arguments(model.encoder))})
         arguments = ", ".join(f"{k}={v!r}" for k, v in timm_arguments(model.encoder).items())
         return f"import timm, safetensors.torch\nencoder = timm.models.VisionTransformer({arguments})\nencoder.load_state_dict(safetensors.torch.load_file({str(out)!r}))"
+    if to == "half":
+        about = json.loads((run / "model.json").read_text()) if (run / "model.json").is_file() else {}
+        save_model(out, model.half(), config, {k: v for k, v in about.items() if k not in ("method", "config")})
+        return f"from mae_repro.methods.catalogue import open_model\nmodel, config = open_model({str(out)!r})"
     torch.save({"model": type(config).published_keys.to_published(model.state_dict())}, out)
     return f"import torch\nstate = torch.load({str(out)!r}, weights_only=True)['model']  # names of {method_name(config)}'s published code"

@@ -28,7 +28,7 @@ def data_dir() -> Path:
     checkout = package.parent / "data"
     return checkout if (checkout / "parity").is_dir() else package / "data"
 
-# %% ../../nbs/parts/08_weights.ipynb #a9b87073
+# %% ../../nbs/parts/08_weights.ipynb #cf5c120f
 def load_state(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors file, or of a .pth/.pt/.bin checkpoint (bare, or wrapped under "model" or "state_dict"), on the CPU.
 
@@ -63,6 +63,7 @@ def save_state(state: dict[str, Tensor], path: str | Path, metadata: dict[str, s
     aside = Path(f"{path}.tmp-{os.getpid()}")
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, aside, metadata)
+        aside.chmod(0o644)  # safetensors writes files that only their owner may read
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -204,12 +204,12 @@ def crossmae_vitb16_448() -> Config[CrossMAE]:
     mae-repro pretrain crossmae-vitb16-448 --data.root IMAGENET. Published: 84.6 % (released weights 84.598). Not run by us."""
     return _published("crossmae-vitb16-448", _crossmae("B", img_size=448, prediction_ratio=.25), 400, 20, scale_lr="prediction/mask")
 
-# %% ../../nbs/training/30_recipes.ipynb #91fbe744
+# %% ../../nbs/training/30_recipes.ipynb #574ece13
 _TINY = dict(img_size=32, patch_size=4, embed_dim=128, depth=4, num_heads=4, decoder_embed_dim=96, decoder_num_heads=4, mask_ratio=.75, norm_pix_loss=True)
 _SMALL = dict(img_size=32, patch_size=2, **SIZES["Ti"], decoder_embed_dim=128, decoder_num_heads=4, mask_ratio=.75, norm_pix_loss=True)
 _TINY_TRAIN = TrainConfig(save_every=5, keep_every=0, log_every=10, figure_every=10)
 _SMALL_TRAIN = TrainConfig(save_every=10, keep_every=0, log_every=50, figure_every=20, compile=True)
-_TINY_OPTIM = OptimConfig(base_lr=2e-3, batch_size=256, epochs=40, warmup_epochs=4)
+_TINY_OPTIM = OptimConfig(base_lr=2e-3, batch_size=256, epochs=20, warmup_epochs=2)
 _SMALL_OPTIM = OptimConfig(base_lr=1e-3, batch_size=512, epochs=200, warmup_epochs=10)
 
 

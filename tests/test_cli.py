@@ -1,0 +1,246 @@
+"The command line on good and bad input: what is printed, where, and with which exit code."
+import argparse
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from mae_repro.cli import COMMANDS, WELCOME, run
+from mae_repro.methods.catalogue import open_encoder, open_model, save_model
+from mae_repro.methods.crossmae import CrossMAE
+from mae_repro.methods.mae import MAE
+from mae_repro.parts.weights import UserError, data_dir, load_state
+
+SIZES = dict(img_size=16, patch_size=4, embed_dim=64, depth=2, num_heads=1, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=1)
+TINY = [f"--method.{k.replace('_', '-')}={v}" for k, v in SIZES.items()] + ["--optim.batch-size", "8", "--optim.epochs", "2",
+        "--optim.warmup-epochs", "0", "--data.workers", "0", "--data.repeats", "1", "--train.device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "Two classes of ten pictures that a probe can tell apart, red and blue noise."
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for c, name in enumerate(("red", "blue")):
+        (root / name).mkdir()
+        for i in range(10):
+            pixels = rng.integers(0, 80, (20, 24, 3), dtype=np.uint8)
+            pixels[..., 2 * c] += 150
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert run(["pretrain", "crossmae-tiny", "--data.root", str(folder), "--out", str(out), *TINY, "--train.figure-every", "1", "--train.probe-every", "1"]) == 0
+    return out
+
+
+def test_without_arguments(capsys):
+    assert run([]) == 0
+    out = capsys.readouterr().out
+    assert out.strip() == WELCOME and sum(line.startswith("  mae-repro") for line in out.splitlines()) == 5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command, capsys):
+    assert run([command, "--help"]) == 0
+    assert f"mae-repro {command}" in capsys.readouterr().out
+
+
+def test_entry_points():
+    env = dict(os.environ, PYTHONWARNINGS="ignore")
+    for start in ([sys.executable, "-m", "mae_repro.cli"],):
+        done = subprocess.run([*start, "pretrain", "mae-tinny"], capture_output=True, text=True, env=env)
+        assert done.returncode == 2 and "mae-tiny" in done.stderr and "Traceback" not in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize("args, says", [
+    (["pretran"], "did you mean pretrain"),
+    (["pretrain"], "needs the name of a recipe"),
+    (["pretrain", "mae-tinny"], "did you mean mae-tiny"),
+    (["pretrain", "mae-tiny", "--method.img-size", "225"], "--method.img-size 225 is not a multiple"),
+    (["pretrain", "mae-tiny", "--method.img-sise", "32"], "--method.img-sise"),
+    (["pretrain", "mae-tiny", "--optim.epochs", "many"], "--optim.epochs"),
+    (["pretrain", "crossmae-tiny", "--method.prediction-ratio", "0.8"], "--method.prediction-ratio 0.8"),
+    (["pretrain", "mae-tiny", "--data.root", "/nowhere/at/all"], "/nowhere/at/all"),
+    (["pretrain", "mae-tiny", "--optim.batch-size", "100000"], "--optim.batch-size 100000 is larger than the data"),
+    (["resume", "/nowhere/at/all"], "/nowhere/at/all"),
+    (["resume"], "run"),
+    (["probe", "/nowhere/at/all", "--data.root", "."], "/nowhere/at/all"),
+    (["probe", "vit_bas_patch16_224.mae"], "--data.root"),
+    (["parity", "/nowhere/at/all.safetensors"], "no such file"),
+    (["export", "/nowhere/at/all", "--to", "timm", "--out", "x"], "/nowhere/at/all"),
+    (["export", "x", "--to", "onnx", "--out", "x"], "onnx"),
+    (["benchmark"], "recipe"),
+    (["benchmark", "mae-tiny", "--rounds", "0"], "--rounds 0"),
+    (["recipes", "mae-vitb"], "mae-vitb16"),
+])
+def test_mistakes_get_one_clear_line_and_code_2(args, says, capsys):
+    assert run(args) == 2
+    out, err = capsys.readouterr()
+    assert says in err.splitlines()[0] or says in err, err
+    assert err.startswith("mae-repro") and "Traceback" not in err and not out
+
+
+def test_parity_command(tmp_path, capsys):
+    files = sorted((data_dir() / "parity").glob("*.safetensors"))
+    assert run(["parity", *map(str, files[:2]), "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert [v["ok"] for v in json.loads(out)] == [True, True] and "2 of 2" in err
+    from safetensors import safe_open
+    with safe_open(files[0], "pt") as file:
+        meta, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
+    tensors["weights/blocks.1.mlp.fc1.weight"][3, 5] += 1e-2
+    save_file(tensors, tmp_path / "damaged.safetensors", meta)
+    assert run(["parity", str(files[1]), str(tmp_path / "damaged.safetensors"), "--json", str(tmp_path / "out" / "v.json")]) == 1
+    assert [v["ok"] for v in json.loads((tmp_path / "out" / "v.json").read_text())] == [True, False]
+    assert "FAILED" in capsys.readouterr().out
+    save_file(tensors, tmp_path / "other.safetensors", meta | {"family": "mum"})
+    assert run(["parity", str(tmp_path / "other.safetensors")]) == 1
+    assert "not supported yet" in capsys.readouterr().out
+
+
+def test_recipes(capsys):
+    assert run(["recipes", "--json", "-"]) == 0
+    assert {"mae-tiny", "crossmae-vitb16-448"} <= {r["recipe"] for r in json.loads(capsys.readouterr().out)}
+    assert run(["recipes", "crossmae-vitb16"]) == 0
+    assert "Table 6" in capsys.readouterr().out
+
+
+def test_pretrain_leaves_a_whole_run(trained):
+    found = {p.name for p in trained.iterdir()}
+    assert {"config.json", "environment.json", "metrics.jsonl", "checkpoints", "model.safetensors", "model.json", "figures"} <= found
+    assert list((trained / "figures").glob("*.png"))
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert any("probe/knn" in line or "knn" in line for line in lines)
+
+
+def test_resume_of_a_finished_run(trained, capsys):
+    before = (trained / "model.safetensors").read_bytes()
+    assert run(["resume", str(trained)]) == 0
+    assert (trained / "model.safetensors").read_bytes() == before and "finished" in "".join(capsys.readouterr())
+
+
+def test_a_run_is_never_overwritten(trained, folder, capsys):
+    assert run(["pretrain", "crossmae-tiny", "--data.root", str(folder), "--out", str(trained), *TINY]) == 2
+    assert "resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["knn", "linear"])
+def test_probe(trained, folder, kind, capsys):
+    assert run(["probe", str(trained), "--data.root", str(folder), "--kind", kind, "--json", "-"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 3 and {"untrained" in r["encoder"] for r in rows} == {True, False} and "raw pixels" in {r["encoder"] for r in rows}
+    assert all(r["low"] <= r["accuracy"] <= r["high"] and r["tested"] == 4 for r in rows)
+    assert rows[-1]["accuracy"] == 1  # red against blue needs no network
+
+
+def test_probe_without_labels(trained, tmp_path, capsys):
+    for i in range(4):
+        Image.new("RGB", (20, 20), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    assert run(["probe", str(trained), "--data.root", str(tmp_path)]) == 2
+    assert "labels" in capsys.readouterr().err
+
+
+def test_export_to_timm(trained, tmp_path, capsys):
+    import timm
+    out = tmp_path / "encoder.safetensors"
+    assert run(["export", str(trained), "--to", "timm", "--out", str(out)]) == 0
+    code = capsys.readouterr().out
+    scope = {"timm": timm}
+    exec(code, scope)  # the three lines that the command prints must work as they are
+    images = torch.randn(2, 3, 16, 16)
+    ours = open_model(trained)[0].encoder
+    torch.testing.assert_close(scope["encoder"].eval().forward_features(images), ours.forward_features(images), atol=1e-5, rtol=0)
+    torch.testing.assert_close(open_encoder(out).forward_features(images), ours.forward_features(images), atol=1e-6, rtol=0)
+    assert run(["export", str(trained), "--to", "timm", "--out", str(out)]) == 2 and "exists" in capsys.readouterr().err
+    with pytest.raises(UserError, match="encoder only"):
+        open_model(out)
+
+
+@pytest.mark.parametrize("config", [MAE(**SIZES), CrossMAE(**SIZES, prediction_ratio=.25), CrossMAE(**SIZES, mix_input=False),
+                                    CrossMAE(**SIZES, inter_block=False), CrossMAE(**SIZES, self_attention=True), MAE(**SIZES, inter_block=True)])
+def test_export_official_round_trip(config, tmp_path):
+    torch.manual_seed(0)
+    model = config.build().eval()
+    save_model(tmp_path / "run", model, config)
+    assert run(["export", str(tmp_path / "run"), "--to", "official", "--out", str(tmp_path / "x.pth")]) == 0
+    again, found = open_model(tmp_path / "x.pth")
+    views, hidden = torch.randn(2, 3, 16, 16), torch.rand(2, 1, 16).argsort(-1) >= 4
+    torch.testing.assert_close(again(views, hidden).pred, model(views, hidden).pred, atol=1e-5, rtol=0)
+    assert type(found) is type(config) and found.decoder_depth == config.decoder_depth
+
+
+def test_export_half(trained, tmp_path):
+    assert run(["export", str(trained), "--to", "half", "--out", str(tmp_path / "small")]) == 0
+    (a, _), (b, _) = open_model(trained), open_model(tmp_path / "small")
+    assert load_file(tmp_path / "small/model.safetensors")["encoder.cls_token"].dtype == torch.float16
+    views, hidden = torch.randn(2, 3, 16, 16), torch.rand(2, 1, 16).argsort(-1) >= 4
+    torch.testing.assert_close(a(views, hidden).pred, b(views, hidden).pred, atol=2e-2, rtol=0)
+
+
+def test_published_checkpoints(tmp_path, capsys):
+    model = MAE(**SIZES).build()
+    names = MAE.published_keys.to_published(model.state_dict())
+    torch.save({"model": names, "optimizer": {}, "epoch": 799, "args": argparse.Namespace(blr=1.5e-4)}, tmp_path / "full.pth")
+    encoder = {k: v for k, v in names.items() if not k.startswith(("decoder", "mask"))}
+    torch.save({"model": encoder | {"head.weight": torch.zeros(10, 64), "head.bias": torch.zeros(10)}}, tmp_path / "encoder.pth")
+    torch.save({"model": {k: v for k, v in names.items() if k != "decoder_blocks.0.norm1.weight"}}, tmp_path / "lacking.pth")
+    torch.save({"model": names | {"surplus": torch.zeros(1)}}, tmp_path / "surplus.pth")
+    assert open_model(tmp_path / "full.pth")[1].decoder_embed_dim == 32
+    images = torch.randn(1, 3, 16, 16)
+    torch.testing.assert_close(open_encoder(tmp_path / "encoder.pth").forward_features(images), model.encoder.eval().forward_features(images))
+    for name, says in (("encoder.pth", "encoder only"), ("lacking.pth", "decoder.blocks.0.norm1.weight"), ("surplus.pth", "surplus")):
+        with pytest.raises(UserError, match=says):
+            open_model(tmp_path / name)
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("trap-was-executed",)
+
+
+def test_loading_executes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {"w": torch.ones(1)}, "args": Trap()}, "trap.pth")
+    with pytest.raises(UserError, match="could run code"):
+        load_state("trap.pth")
+    assert not (tmp_path / "trap-was-executed").exists()
+    torch.load("trap.pth", weights_only=False)
+    assert (tmp_path / "trap-was-executed").exists()  # the trap works, so the assertion above means something
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip"])
+def test_damaged_files(tmp_path, content):
+    for suffix in ("pth", "safetensors"):
+        path = tmp_path / f"x.{suffix}"
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="damaged"):
+            load_state(path)
+
+
+def test_timm_names(monkeypatch):
+    with pytest.raises(UserError, match="did you mean"):
+        open_encoder("vit_bas_patch16_224.mae")
+    untrained = open_encoder("vit_tiny_patch16_224", pretrained=False)
+    assert untrained.forward_features(torch.randn(1, 3, 224, 224)).shape == (1, 197, 192)
+    import timm
+
+    def unreachable(*args, **kwargs):
+        raise OSError("we couldn't connect to the hub")
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    with pytest.raises(UserError, match="could not load these weights"):
+        open_encoder("vit_base_patch16_224.mae")
+
+
+def test_benchmark(capsys):
+    assert run(["benchmark", "mae-tiny", "crossmae-tiny", "--rounds", "2", "--batch-size", "2", "--json", "-", "--device", "cpu"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [r["recipe"] for r in rows] == ["mae-tiny", "crossmae-tiny"] and rows[0]["speedup"] == 1 and all(r["images_per_s"] > 0 for r in rows)
