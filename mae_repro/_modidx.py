@@ -398,6 +398,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                      'mae_repro/parts/weights.py'),
                                          'mae_repro.parts.weights.KeyMap.to_published': ( 'parts/weights.html#keymap.to_published',
                                                                                           'mae_repro/parts/weights.py'),
+                                         'mae_repro.parts.weights.KeyMap.unknown': ( 'parts/weights.html#keymap.unknown',
+                                                                                     'mae_repro/parts/weights.py'),
                                          'mae_repro.parts.weights.LoadReport': ( 'parts/weights.html#loadreport',
                                                                                  'mae_repro/parts/weights.py'),
                                          'mae_repro.parts.weights.LoadReport.__bool__': ( 'parts/weights.html#loadreport.__bool__',

@@ -34,11 +34,10 @@ def demo_config(epochs: int | None = None) -> Config:
         config = replace_in(config, name, value)
     return config
 
-# %% ../../nbs/analysis/56_demo.ipynb #d26ef858
+# %% ../../nbs/analysis/56_demo.ipynb #60addcb0
 def eval_views(config: Config, images) -> torch.Tensor:
     "All images of a set as normalised views (B, 1, 3, H, W), centre crops at the size the model was trained at."
-    crops = [EvalCrop(config.method.img_size)(images.load(i)) for i in range(len(images))]
-    return normalise(torch.stack([c if c.ndim == 4 else c[None] for c in crops]))
+    return normalise(torch.stack([EvalCrop(config.method.img_size)(images.load(i)) for i in range(len(images))]))
 
 
 def run_demo(out: Path | None = None, epochs: int | None = None, say=print) -> Path:
@@ -64,19 +63,20 @@ def run_demo(out: Path | None = None, epochs: int | None = None, say=print) -> P
     say(f"\ndone in {(time.perf_counter() - start) / 60:.1f} minutes. Open the report in a browser:\n  {report}")
     return report
 
-# %% ../../nbs/analysis/56_demo.ipynb #a3108e7f
+# %% ../../nbs/analysis/56_demo.ipynb #b06c469d
 def demo_report(run: Path, config: Config, metrics: list[dict], rows: list[ProbeResult], model, views, names: list[str], seconds: float) -> Path:
     "The page: headline numbers, curve, pictures, probe, cost, and what to do next."
     method, first, last = config.method, metrics[0]["loss"], metrics[-1]["loss"]
     trained, untrained = rows[0], next((r for r in rows if "untrained" in r.encoder), None)
     parameters, flops, machine = count_parameters(method), forward_gflops(method), environment()
+    place = machine["gpu"] or f"{machine['cores']} CPU cores"
     speed = sorted(m["images_per_s"] for m in metrics if m.get("images_per_s"))
     lead = (f"<p>A masked autoencoder saw {len(names)} photographs, cut into many crops, with {method.mask_ratio:.0%} of each crop hidden, and learned to fill in what it did not see. "
             "No label was used.</p>" + headline({
                 "loss at the start and at the end": f"{first:.2f} → {last:.2f}",
                 "of crops traced to their photograph": f"{trained.accuracy:.0%}",
                 "by the same encoder untrained": f"{untrained.accuracy:.0%}" if untrained else "-",
-                "in all, on " + machine.get("device", "this machine"): f"{seconds / 60:.1f} min"}))
+                f"in all, on {place}": f"{seconds / 60:.1f} min"}))
     curve = drawing(loss_figure(metrics, method.norm_pix_loss), "Loss of the training batches. Each patch is normalised by its own mean and contrast, so predicting zero everywhere has a loss of 1.",
                     f"Loss falls from {first:.2f} to {last:.2f}")
     pictures = ("<p>Orange patches are predicted in one training step, grey ones are hidden and skipped. For the reconstruction all hidden patches are predicted. The model predicts texture "
@@ -90,7 +90,7 @@ def demo_report(run: Path, config: Config, metrics: list[dict], rows: list[Probe
     cost = table(["", ""], [["parameters, encoder", f"{parameters['encoder']:,}"], ["parameters, decoder", f"{parameters['decoder']:,}"],
                             ["forward, one crop", f"{flops['total']:.4f} GFLOPs, {flops['decoder'] / flops['total']:.0%} of it in the decoder"],
                             ["training speed, median", f"{speed[len(speed) // 2]:,.0f} crops a second" if speed else "-"],
-                            ["crops seen", f"{metrics[-1]['step'] * config.optim.batch_size:,}"], ["machine", f"{machine.get('device', '')}, torch {machine.get('torch', '')}"]])
+                            ["crops seen", f"{metrics[-1]['step'] * config.optim.batch_size:,}"], ["machine", f"{place}, torch {machine['versions']['torch']}"]])
     folder = html.escape(str(run))
     after = (f"<pre>mae-repro pretrain crossmae-tiny --data.root YOUR_IMAGES\nmae-repro probe {folder} --data.root FOLDER_WITH_CLASS_FOLDERS\n"
              f"mae-repro export {folder} --to timm --out encoder.safetensors\nmake lab</pre>"

@@ -242,13 +242,13 @@ def linear_predict(train_x: Tensor, train_y: Tensor, test_x: Tensor, config: Pro
         predicted = torch.cat([head(part.to(device))[:, 0].argmax(1).cpu() for part in test_x.split(4096)])
     return predicted, dict(optimizer=config.optimizer, lr=lr, epochs=epochs, batch_size=batch_size, seed=config.seed, held_out_accuracy=held_out)
 
-# %% ../../nbs/evaluation/40_probes.ipynb #75273790
+# %% ../../nbs/evaluation/40_probes.ipynb #2a403a7f
 def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
     "95 % Wilson score interval (low, high) of a share `correct / total`, both in 0..1 (Wilson 1927)."
     p, shrink = correct / total, 1 + z * z / total
     middle = (p + z * z / (2 * total)) / shrink
     half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total)) / shrink
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))  # rounding must not push the share out of its interval
 
 # %% ../../nbs/evaluation/40_probes.ipynb #9e858107
 @dataclass(frozen=True)

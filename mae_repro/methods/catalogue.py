@@ -6,9 +6,9 @@
 __all__ = ['METHODS', 'method_name', 'config_from_dict', 'save_model', 'open_model', 'open_encoder', 'to_timm', 'timm_arguments',
            'export_model']
 
-# %% ../../nbs/methods/19_catalogue.ipynb #15d3a8e3
+# %% ../../nbs/methods/19_catalogue.ipynb #7b3e4c0c
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def _read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise UserError(f"{folder / 'model.json'}: is damaged ({error})") from error
     return config, load_state(folder / "model.safetensors")
 
-# %% ../../nbs/methods/19_catalogue.ipynb #ae91ee8e
+# %% ../../nbs/methods/19_catalogue.ipynb #25b831df
 def _published(path: Path) -> tuple[type[ModelConfig] | None, dict[str, Tensor]]:
     "The method that recognises a published checkpoint (None: encoder only) and its tensors, without classifier heads."
     state = load_state(path)
@@ -75,7 +75,7 @@ def open_model(path: str | Path) -> tuple[MaskedAutoencoder, ModelConfig]:
     """A whole model (eval mode, CPU) and its configuration from a run folder or a published .pth / .safetensors file.
 
     UserError if the path is missing or damaged, if the weights do not fit, or if they are of an encoder only."""
-    path = Path(path)
+    path, unknown = Path(path), ()
     if path.is_dir():
         config, state = _read_folder(path)
         model = config.build()
@@ -84,9 +84,11 @@ def open_model(path: str | Path) -> tuple[MaskedAutoencoder, ModelConfig]:
         if method is None:
             raise UserError(f"{path}: holds an encoder only, without decoder, so it cannot reconstruct. Use it for features "
                             f"(`mae-repro probe {path} ...`), or get the checkpoint that was saved for visualisation")
-        config = method.from_published(published)
+        unknown = method.published_keys.unknown(published)
+        config, published = method.from_published(published), {k: v for k, v in published.items() if k not in unknown}
         model, state = config.build(), method.published_keys.to_ours(method.adapt(published))
     report = load_into(model, state)
+    report = replace(report, unexpected=report.unexpected + unknown)
     if not report:
         raise UserError(f"{path}: does not fit its own configuration: {report}")
     return model.eval(), config
@@ -122,15 +124,15 @@ def open_encoder(spec: str | Path, pretrained: bool = True, seed: int = 0) -> nn
                     module.reset_parameters()
             initialise_mae(encoder)
         return encoder.eval()
-    if path.suffix or "/" in str(spec).removeprefix("hf-hub:").removeprefix("hf_hub:") and not str(spec).startswith("hf"):
+    if path.suffix in (".pth", ".pt", ".bin", ".safetensors") or "/" in str(spec) and not str(spec).startswith(("hf-hub:", "hf_hub:")):
         raise UserError(f"{spec}: no such file or folder. Give a run folder, a checkpoint, or a timm name such as vit_base_patch16_224.mae")
     return _timm_encoder(str(spec), pretrained, seed)
 
-# %% ../../nbs/methods/19_catalogue.ipynb #b4a4ef89
+# %% ../../nbs/methods/19_catalogue.ipynb #d7750d1a
 def _timm_encoder(name: str, pretrained: bool, seed: int) -> nn.Module:
     import timm
     known = timm.list_models("vit_*") + timm.list_models("vit_*", pretrained=True)
-    if not name.startswith("hf") and name not in known:
+    if not name.startswith(("hf-hub:", "hf_hub:")) and name not in known:
         near = get_close_matches(name, known, 3, .5)
         raise UserError(f"{name}: no such file or folder, and no Vision Transformer of timm" + (f"; did you mean {', '.join(near)}?" if near else ""))
     torch.manual_seed(seed)

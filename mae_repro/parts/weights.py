@@ -28,7 +28,7 @@ def data_dir() -> Path:
     checkout = package.parent / "data"
     return checkout if (checkout / "parity").is_dir() else package / "data"
 
-# %% ../../nbs/parts/08_weights.ipynb #cf5c120f
+# %% ../../nbs/parts/08_weights.ipynb #cd38e057
 def load_state(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors file, or of a .pth/.pt/.bin checkpoint (bare, or wrapped under "model" or "state_dict"), on the CPU.
 
@@ -48,7 +48,7 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: " + ("holds Python objects beyond tensors and argparse arguments, which are not loaded because that could run code"
                                        if refused else "is damaged or not a checkpoint")) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path}: is damaged or not a checkpoint ({str(error).splitlines()[0][:120]})") from error
+        raise UserError(f"{path}: is damaged or not a checkpoint ({(str(error).splitlines() or [type(error).__name__])[0][:120]})") from error
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -68,7 +68,7 @@ def save_state(state: dict[str, Tensor], path: str | Path, metadata: dict[str, s
     finally:
         aside.unlink(missing_ok=True)
 
-# %% ../../nbs/parts/08_weights.ipynb #5b7e6be1
+# %% ../../nbs/parts/08_weights.ipynb #0cd5702c
 @dataclass(frozen=True)
 class KeyMap:
     "Pairs (published prefix, our prefix) tried in order; a key without a match raises KeyError. Works in both directions."
@@ -85,6 +85,10 @@ class KeyMap:
 
     def to_ours(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return self._rename(state, self.pairs)
+
+    def unknown(self, state: dict[str, Tensor]) -> tuple[str, ...]:
+        "Published names that no pair matches."
+        return tuple(sorted(k for k in state if not k.startswith(tuple(old for old, _ in self.pairs))))
 
     def to_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return self._rename(state, [(ours, old) for old, ours in self.pairs])

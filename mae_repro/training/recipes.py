@@ -8,7 +8,7 @@ __all__ = ['M', 'RECIPES', 'Checks', 'DataConfig', 'CropConfig', 'OptimConfig', 
            'crossmae_vitl16', 'crossmae_vith14', 'crossmae_vitb16_448', 'mae_tiny', 'mae_small', 'crossmae_tiny',
            'crossmae_small', 'recipe', 'recipe_table', 'config_to_dict', 'config_from_dict', 'validate']
 
-# %% ../../nbs/training/30_recipes.ipynb #945afc75
+# %% ../../nbs/training/30_recipes.ipynb #c6b8e16a
 import difflib
 import json
 import types
@@ -16,7 +16,9 @@ import typing
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import tyro
 
 # %% ../../nbs/training/30_recipes.ipynb #6c6b895f
 from ..methods.catalogue import METHODS
@@ -25,7 +27,7 @@ from ..methods.mae import MAE
 from ..parts.encoder import SIZES
 from ..parts.weights import UserError
 
-# %% ../../nbs/training/30_recipes.ipynb #2d48a7ae
+# %% ../../nbs/training/30_recipes.ipynb #7d6842e0
 M = TypeVar("M")
 
 
@@ -110,7 +112,7 @@ class TrainConfig:
 @dataclass(frozen=True)
 class Config(Generic[M]):
     "A complete training: `recipe` is the name it started from, `method` a config with `build()` (MAE, CrossMAE, ...)."
-    recipe: str
+    recipe: Annotated[str, tyro.conf.Suppress]
     method: M
     data: DataConfig = field(default_factory=DataConfig)
     views: CropConfig = field(default_factory=CropConfig)
@@ -204,12 +206,12 @@ def crossmae_vitb16_448() -> Config[CrossMAE]:
     mae-repro pretrain crossmae-vitb16-448 --data.root IMAGENET. Published: 84.6 % (released weights 84.598). Not run by us."""
     return _published("crossmae-vitb16-448", _crossmae("B", img_size=448, prediction_ratio=.25), 400, 20, scale_lr="prediction/mask")
 
-# %% ../../nbs/training/30_recipes.ipynb #574ece13
+# %% ../../nbs/training/30_recipes.ipynb #d0ad8800
 _TINY = dict(img_size=32, patch_size=4, embed_dim=128, depth=4, num_heads=4, decoder_embed_dim=96, decoder_num_heads=4, mask_ratio=.75, norm_pix_loss=True)
 _SMALL = dict(img_size=32, patch_size=2, **SIZES["Ti"], decoder_embed_dim=128, decoder_num_heads=4, mask_ratio=.75, norm_pix_loss=True)
 _TINY_TRAIN = TrainConfig(save_every=5, keep_every=0, log_every=10, figure_every=10)
 _SMALL_TRAIN = TrainConfig(save_every=10, keep_every=0, log_every=50, figure_every=20, compile=True)
-_TINY_OPTIM = OptimConfig(base_lr=2e-3, batch_size=256, epochs=20, warmup_epochs=2)
+_TINY_OPTIM = OptimConfig(base_lr=2e-3, batch_size=256, epochs=12, warmup_epochs=1)
 _SMALL_OPTIM = OptimConfig(base_lr=1e-3, batch_size=512, epochs=200, warmup_epochs=10)
 
 

@@ -471,7 +471,7 @@ class EpochBatches:
                 start = place * self.batch_size + (self.rank * self.accumulate + micro) * part
                 yield [(epoch, int(i)) for i in order[start:start + part]]
 
-# %% ../../nbs/views/20_photos.ipynb #fe7baa28
+# %% ../../nbs/views/20_photos.ipynb #250e5625
 def collate(items: list[dict]) -> dict:
     "Items of `Views` to a batch: views uint8 (B, V, 3, H, W), noise (B, V, L), index int64 (B,), broken a list of B names, '' where all is well."
     return default_collate(items)
@@ -488,8 +488,9 @@ class _Loader(DataLoader):
 def loader(dataset: Dataset, batches, workers: int = 0, pin_memory: bool | None = None) -> DataLoader:
     """A DataLoader over `batches`, an iterable of lists of keys such as `EpochBatches`.
 
-    `workers` processes, kept between passes; 0: in this process. `pin_memory` None: where there is a CUDA device. Has a generator of its own, so that
+    `workers` processes, at most one a core, kept between passes; 0: in this process. `pin_memory` None: where there is a CUDA device. Has a generator of its own, so that
     starting workers draws nothing from torch's global one. What it gives is one rank's share already: not to be passed to `Accelerator.prepare`."""
     pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+    workers = min(workers, os.cpu_count() or 1)  # more processes than cores only get in each other's way
     return _Loader(dataset, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0, pin_memory=pin_memory,
                    collate_fn=collate, generator=torch.Generator().manual_seed(0))
