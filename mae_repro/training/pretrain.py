@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BUILT_IN_CROPS', 'Probe', 'Figure', 'TrainingFailed', 'TrainingStopped', 'new_run_dir', 'run_lock', 'write_json',
-           'read_config', 'read_metrics', 'commit', 'environment', 'fingerprint', 'Decoded', 'open_views',
-           'ignore_signals', 'Watch', 'Interrupt', 'processes', 'idle_parameters', 'start_accelerator', 'on_main',
-           'Trainer', 'update', 'step_seed', 'micro_loss', 'watch_loss', 'fail', 'state_of', 'save', 'share', 'restore',
+           'read_config', 'read_metrics', 'commit', 'environment', 'fingerprint', 'open_views', 'ignore_signals',
+           'Watch', 'Interrupt', 'processes', 'idle_parameters', 'start_accelerator', 'on_main', 'Trainer', 'update',
+           'step_seed', 'micro_loss', 'watch_loss', 'fail', 'state_of', 'save', 'share', 'restore',
            'forget_what_follows', 'draw', 'measure', 'log', 'Clock', 'batches_to_do', 'fit', 'finish', 'pretrain',
            'resume', 'is_finished', 'release']
 
@@ -138,32 +138,14 @@ def fingerprint(config: Config) -> str:
     kept = {k: {n: x for n, x in v.items() if n not in _FREE.get(k, ())} if isinstance(v, dict) else v for k, v in plain.items()}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../../nbs/training/33_pretrain.ipynb #f9155888
+# %% ../../nbs/training/33_pretrain.ipynb #f4e271a3
 BUILT_IN_CROPS = 2000
-
-
-class Decoded:
-    "An image set that decodes each image once and keeps it: for the built-in photographs, where decoding would take longer than training."
-
-    def __init__(self, images):
-        self.images, self.kept = images, {}
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def name(self, i: int) -> str:
-        return self.images.name(i)
-
-    def load(self, i: int):
-        if i not in self.kept:
-            self.kept[i] = self.images.load(i)
-        return self.kept[i]
 
 
 def open_views(config: Config) -> Views:
     "The data set of a config, indexed by (epoch, index); UserError if there is no data where the config says."
     d, m = config.data, config.method
-    images = open_images(d.root, d.split, d.limit) if d.root else Decoded(open_images(None, limit=d.limit))
+    images = open_images(d.root, d.split if d.root else None, d.limit)
     repeats = d.repeats or (1 if d.root else math.ceil(BUILT_IN_CROPS / len(images)))
     return Views(images, SingleCrop(m.img_size, config.views.scale, flip=config.views.flip), m.patch_size, config.train.seed, repeats)
 

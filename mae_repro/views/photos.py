@@ -6,7 +6,7 @@
 __all__ = ['EXTENSIONS', 'SPLITS', 'PHOTOGRAPHS', 'PATIENCE', 'BrokenImage', 'load_image', 'ImageSet', 'Files', 'BuiltIn',
            'Encoded', 'Pixels', 'open_images', 'SingleCrop', 'EvalCrop', 'Views', 'EpochBatches', 'collate', 'loader']
 
-# %% ../../nbs/views/20_photos.ipynb #403a5ae9
+# %% ../../nbs/views/20_photos.ipynb #9b49f3cf
 import importlib.util
 import io
 import os
@@ -14,7 +14,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +81,7 @@ def load_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
     except Exception as error:  # decoders raise nearly anything on damaged data
         raise BrokenImage(name, f"{error or type(error).__name__}") from error
 
-# %% ../../nbs/views/20_photos.ipynb #aae42822
+# %% ../../nbs/views/20_photos.ipynb #7cdbcb69
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     "Images by number: `len()`, `load(i)`, `name(i)`, `labels` (class of each, or None), `class_names`. `names` is one array of bytes, which workers share."
@@ -119,11 +119,19 @@ class Files(ImageSet):
         return load_image(os.path.join(self.root, super().name(i)), self.name(i))
 
 
+@lru_cache(maxsize=8)
+def _kept(path: str, name: str) -> Image.Image:
+    return load_image(path, name)
+
+
 class BuiltIn(Files):
-    "Photographs inside an installed package: the same, named without their path."
+    "Photographs inside an installed package, named without their path; each is decoded once and kept, because many crops are cut from it."
 
     def name(self, i):
         return Path(ImageSet.name(self, i)).stem
+
+    def load(self, i):
+        return _kept(os.path.join(self.root, ImageSet.name(self, i)), self.name(i))
 
 
 @dataclass(frozen=True, eq=False)
