@@ -161,6 +161,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                      'mae_repro/evaluation/probes.py')},
             'mae_repro.methods.catalogue': { 'mae_repro.methods.catalogue._encoder_like': ( 'methods/catalogue.html#_encoder_like',
                                                                                             'mae_repro/methods/catalogue.py'),
+                                             'mae_repro.methods.catalogue._impatient_hub': ( 'methods/catalogue.html#_impatient_hub',
+                                                                                             'mae_repro/methods/catalogue.py'),
                                              'mae_repro.methods.catalogue._published': ( 'methods/catalogue.html#_published',
                                                                                          'mae_repro/methods/catalogue.py'),
                                              'mae_repro.methods.catalogue._read_folder': ( 'methods/catalogue.html#_read_folder',

@@ -295,7 +295,7 @@ def _device(name: str):
         raise UserError("--device cuda: no GPU is visible to PyTorch on this machine; use --device cpu")
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
 
-# %% ../nbs/80_cli.ipynb #cff9fdb6
+# %% ../nbs/80_cli.ipynb #449ce2f9
 @dataclass(frozen=True)
 class ParityArgs:
     "Replay reference vectors recorded from the authors' code; exit 1 if any disagrees, 2 if a file cannot be read."
@@ -324,14 +324,16 @@ class ExportArgs:
     "A run's folder, or a whole published checkpoint."
     to: Literal["timm", "official", "half"]
     "timm: encoder only, timm's names; official: the authors' names, encoder and decoder; half: a folder in float16 to share."
-    out: Path
-    "The file (timm, official) or folder (half) to write."
+    out: Path | None = None
+    "The file (timm, official) or folder (half) to write; by default in the run's folder, named after the target."
 
 
 def export(args: list[str]) -> int:
     from mae_repro.methods.catalogue import export_model
     a = parse(ExportArgs, args, "mae-repro export")
-    print(export_model(a.run, a.to, a.out))
+    beside = a.run if a.run.is_dir() else a.run.parent
+    name = {"timm": "encoder-timm.safetensors", "official": "official.pth", "half": "half"}[a.to]
+    print(export_model(a.run, a.to, a.out or beside / name))
     return 0
 
 

@@ -6,8 +6,9 @@
 __all__ = ['METHODS', 'method_name', 'config_from_dict', 'save_model', 'open_model', 'open_encoder', 'to_timm', 'timm_arguments',
            'export_model']
 
-# %% ../../nbs/methods/19_catalogue.ipynb #7b3e4c0c
+# %% ../../nbs/methods/19_catalogue.ipynb #fde00c8a
 import json
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -128,7 +129,25 @@ def open_encoder(spec: str | Path, pretrained: bool = True, seed: int = 0) -> nn
         raise UserError(f"{spec}: no such file or folder. Give a run folder, a checkpoint, or a timm name such as vit_base_patch16_224.mae")
     return _timm_encoder(str(spec), pretrained, seed)
 
-# %% ../../nbs/methods/19_catalogue.ipynb #d7750d1a
+# %% ../../nbs/methods/19_catalogue.ipynb #35d7fb3a
+@contextmanager
+def _impatient_hub(seconds: float = 3.):
+    "Where the model hub does not answer, its client would retry for a minute: inside this context it uses earlier downloads, or fails at once."
+    import socket
+    from urllib.parse import urlparse
+
+    from huggingface_hub import constants
+    address, before = urlparse(constants.ENDPOINT), constants.HF_HUB_OFFLINE
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=seconds).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def _timm_encoder(name: str, pretrained: bool, seed: int) -> nn.Module:
     import timm
     known = timm.list_models("vit_*") + timm.list_models("vit_*", pretrained=True)
@@ -137,7 +156,8 @@ def _timm_encoder(name: str, pretrained: bool, seed: int) -> nn.Module:
         raise UserError(f"{name}: no such file or folder, and no Vision Transformer of timm" + (f"; did you mean {', '.join(near)}?" if near else ""))
     torch.manual_seed(seed)
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True).eval()
+        with _impatient_hub() if pretrained else nullcontext():
+            return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True).eval()
     except Exception as error:  # the hub's client raises many kinds, network and otherwise
         reason = str(error).strip().splitlines()
         raise UserError(f"{name}: timm could not load these weights ({type(error).__name__}: {reason[0][:120] if reason else ''}). "
