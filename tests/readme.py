@@ -42,11 +42,11 @@ def render(root: Path) -> dict[str, bytes]:
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
         exporter.exclude_input = "echo: false" in flags or not cell.source
         alt = next((f.split(":", 1)[1].strip() for f in flags if f.startswith("fig-alt:")), "what the code above draws")
-        for output in cell.outputs:
+        for i, output in enumerate(cell.outputs):
             if "image/png" not in output.get("data", {}): continue
             name = f"{PICTURES}/{len(files)}.png"
             files[name] = base64.b64decode(output.data["image/png"])
-            output.update(nbformat.v4.new_output("display_data", {"text/markdown": f"![{alt}]({name})"}))
+            cell.outputs[i] = nbformat.v4.new_output("display_data", {"text/markdown": f"![{alt}]({name})"})
         text, _ = exporter.from_notebook_node(nbformat.v4.new_notebook(metadata=notebook.metadata, cells=[cell]))
         page.append(text.strip("\n"))
     body = "\n\n".join(text.strip("\n") for text in page if text.strip())
