@@ -34,18 +34,18 @@ def demo_config(epochs: int | None = None) -> Config:
         config = replace_in(config, name, value)
     return config
 
-# %% ../../nbs/analysis/56_demo.ipynb #60addcb0
+# %% ../../nbs/analysis/56_demo.ipynb #721435fc
 def eval_views(config: Config, images) -> torch.Tensor:
     "All images of a set as normalised views (B, 1, 3, H, W), centre crops at the size the model was trained at."
     return normalise(torch.stack([EvalCrop(config.method.img_size)(images.load(i)) for i in range(len(images))]))
 
 
-def run_demo(out: Path | None = None, epochs: int | None = None, say=print) -> Path:
+def run_demo(out: Path | None = None, epochs: int | None = None, say=print, progress: bool = True) -> Path:
     "Pre-train, reconstruct, probe, and write report.html into the run's folder; returns the path of the report."
     start, config, images = time.perf_counter(), demo_config(epochs), open_images(None)
     run = Path(out) if out is not None else new_run_dir("demo")
     say(f"1/4  pre-training CrossMAE on {len(images)} photographs of scikit-image: {config.optim.epochs} epochs, {config.method.mask_ratio:.0%} hidden, {config.method.prediction_ratio:.0%} predicted")
-    run = pretrain(config, run)
+    run = pretrain(config, run, progress=progress)
     metrics = [m for m in read_metrics(run) if "loss" in m]
     say(f"     loss {metrics[0]['loss']:.3f} -> {metrics[-1]['loss']:.3f}")
     say("2/4  reconstructing")
@@ -55,7 +55,7 @@ def run_demo(out: Path | None = None, epochs: int | None = None, say=print) -> P
     reconstruction_figure(model, views, run / "figures" / "reconstruction.png")
     say("3/4  probing: which photograph is this crop from?")
     torch.manual_seed(config.train.seed)
-    rows = crop_origin_probe(model.encoder, images, untrained=lambda: config.method.build().encoder.eval())
+    rows = crop_origin_probe(model.encoder, images, untrained=lambda: config.method.build().encoder.eval(), kinds=("knn", "linear"), progress=progress)
     say("     " + format_table(rows).replace("\n", "\n     "))
     say("4/4  writing the report")
     (run / "probe.json").write_text(json.dumps([asdict(r) for r in rows], indent=2) + "\n")
@@ -63,7 +63,7 @@ def run_demo(out: Path | None = None, epochs: int | None = None, say=print) -> P
     say(f"\ndone in {(time.perf_counter() - start) / 60:.1f} minutes. Open the report in a browser:\n  {report}")
     return report
 
-# %% ../../nbs/analysis/56_demo.ipynb #b06c469d
+# %% ../../nbs/analysis/56_demo.ipynb #4b55a25b
 def demo_report(run: Path, config: Config, metrics: list[dict], rows: list[ProbeResult], model, views, names: list[str], seconds: float) -> Path:
     "The page: headline numbers, curve, pictures, probe, cost, and what to do next."
     method, first, last = config.method, metrics[0]["loss"], metrics[-1]["loss"]
@@ -83,7 +83,7 @@ def demo_report(run: Path, config: Config, metrics: list[dict], rows: list[Probe
                 "relative to a patch's brightness and contrast; both are estimated from visible neighbours here. The last column uses the true ones, which the model never saw: "
                 "it looks better than what was learned.</p>" + picture_grid(reconstruction_rows(model, views), names))
     probe = (f"<p>Which photograph is this crop from? Crops of the left half of each photograph are the examples, crops of the right half the questions. The encoder is frozen; "
-             f"chance is {trained.chance:.0%}. Pre-training saw the same photographs, both halves, without being told which was which.</p>"
+             f"chance is {trained.chance:.0%}. Crops are grey, because colour alone would give most photographs away. Pre-training saw the same photographs, both halves, without being told which was which.</p>"
              + drawing(accuracy_figure([(_row_name(r), r.accuracy, r.low, r.high) for r in rows], trained.chance), "With 95 % intervals.", "Accuracy of the probe")
              + table(["encoder", "probe", "tokens", "accuracy", "95 % interval"],
                      [[r.encoder, r.kind, r.pool, f"{r.accuracy:.1%}", f"{r.low:.1%} to {r.high:.1%}"] for r in rows], (3, 4)))
@@ -101,4 +101,4 @@ def demo_report(run: Path, config: Config, metrics: list[dict], rows: list[Probe
 
 
 def _row_name(row: ProbeResult) -> str:
-    return row.encoder if row.encoder == "raw pixels" or row.kind == "knn" else f"{row.encoder}, {row.kind}"
+    return f"{'trained' if row.encoder == 'encoder' else row.encoder}, {'k-nn' if row.kind == 'knn' else row.kind}"

@@ -127,7 +127,7 @@ def write_report(path: str | Path, title: str, lead: str, sections: list[Section
     path.write_text(page, encoding="utf-8")
     return path
 
-# %% ../../nbs/analysis/55_report.ipynb #007bf4f9
+# %% ../../nbs/analysis/55_report.ipynb #bb0ce426
 def loss_figure(metrics: list[dict], norm_pix_loss: bool = True):
     "Loss against epoch from lines of metrics.jsonl; with normalised pixels also the loss of predicting zero."
     import matplotlib.pyplot as plt
@@ -144,12 +144,12 @@ def loss_figure(metrics: list[dict], norm_pix_loss: bool = True):
 
 
 def accuracy_figure(rows: list[tuple[str, float, float, float]], chance: float):
-    "Bars of (name, accuracy, low, high) in 0..1 with their intervals, and a line at chance."
+    "Bars of (name, accuracy, low, high) in 0..1 with their intervals, and a line at chance; names that begin with 'trained' stand out."
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6.4, .5 + .42 * len(rows)), dpi=72, layout="constrained")
     plt.close(fig)
     for y, (name, accuracy, low, high) in enumerate(rows):
-        ax.barh(y, 100 * accuracy, color="#b6541d" if y == 0 else "#b9c0c7", xerr=[[100 * (accuracy - low)], [100 * (high - accuracy)]], ecolor="#444", capsize=3)
+        ax.barh(y, 100 * accuracy, color="#b6541d" if name.startswith("trained") else "#b9c0c7", xerr=[[100 * (accuracy - low)], [100 * (high - accuracy)]], ecolor="#444", capsize=3)
     ax.axvline(100 * chance, color="#888", lw=1, ls="--")
     ax.set_yticks(range(len(rows)), [r[0] for r in rows])
     ax.invert_yaxis()

@@ -8,7 +8,7 @@ __all__ = ['log', 'OPTIMIZERS', 'SGD_LRS', 'ADAMW_LRS', 'KINDS', 'Features', 'im
            'wilson', 'ProbeResult', 'format_table', 'probe_features', 'probe_all', 'probe', 'compare', 'HalfCrops',
            'crop_origin_probe']
 
-# %% ../../nbs/evaluation/40_probes.ipynb #e37f8721
+# %% ../../nbs/evaluation/40_probes.ipynb #9d78563a
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from einops import rearrange, repeat
 from PIL import ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..parts.features import pool_tokens
 from ..parts.patches import normalise
