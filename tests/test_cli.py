@@ -17,7 +17,7 @@ from mae_repro.methods.crossmae import CrossMAE
 from mae_repro.methods.mae import MAE
 from mae_repro.parts.weights import UserError, data_dir, load_state
 
-SIZES = dict(img_size=16, patch_size=4, embed_dim=64, depth=2, num_heads=1, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=1)
+SIZES = dict(img_size=16, patch_size=4, embed_dim=64, depth=2, num_heads=4, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
 TINY = [f"--method.{k.replace('_', '-')}={v}" for k, v in SIZES.items()] + ["--optim.batch-size", "8", "--optim.epochs", "2",
         "--optim.warmup-epochs", "0", "--data.workers", "0", "--data.repeats", "1", "--train.device", "cpu"]
 
@@ -166,7 +166,8 @@ def test_export_to_timm(trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("config", [MAE(**SIZES), CrossMAE(**SIZES, prediction_ratio=.25), CrossMAE(**SIZES, mix_input=False),
-                                    CrossMAE(**SIZES, inter_block=False), CrossMAE(**SIZES, self_attention=True), MAE(**SIZES, inter_block=True)])
+                                    CrossMAE(**SIZES, inter_block=False), CrossMAE(**SIZES, self_attention=True), MAE(**SIZES, inter_block=True),
+                                    CrossMAE(**SIZES, mix_blocks=(0,)), MAE(**SIZES | dict(img_size=(16, 16)), masking="block", mask_ratio=.5)])
 def test_export_official_round_trip(config, tmp_path):
     torch.manual_seed(0)
     model = config.build().eval()
@@ -175,7 +176,14 @@ def test_export_official_round_trip(config, tmp_path):
     again, found = open_model(tmp_path / "x.pth")
     views, hidden = torch.randn(2, 3, 16, 16), torch.rand(2, 1, 16).argsort(-1) >= 4
     torch.testing.assert_close(again(views, hidden).pred, model(views, hidden).pred, atol=1e-5, rtol=0)
-    assert type(found) is type(config) and found.decoder_depth == config.decoder_depth
+    assert found == config
+
+
+def test_heads_are_never_guessed(tmp_path):
+    torch.save({"model": MAE.published_keys.to_published(MAE(**SIZES).build().state_dict())}, tmp_path / "x.pth")
+    for load in (open_model, open_encoder):
+        with pytest.raises(UserError, match="number of heads"):
+            load(tmp_path / "x.pth")
 
 
 def test_export_half(trained, tmp_path):
@@ -187,14 +195,14 @@ def test_export_half(trained, tmp_path):
 
 
 def test_published_checkpoints(tmp_path, capsys):
-    model = MAE(**SIZES).build()
+    model = MAE(**SIZES | dict(embed_dim=192, num_heads=3, decoder_embed_dim=256, decoder_num_heads=8)).build()
     names = MAE.published_keys.to_published(model.state_dict())
     torch.save({"model": names, "optimizer": {}, "epoch": 799, "args": argparse.Namespace(blr=1.5e-4)}, tmp_path / "full.pth")
     encoder = {k: v for k, v in names.items() if not k.startswith(("decoder", "mask"))}
-    torch.save({"model": encoder | {"head.weight": torch.zeros(10, 64), "head.bias": torch.zeros(10)}}, tmp_path / "encoder.pth")
+    torch.save({"model": encoder | {"head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)}}, tmp_path / "encoder.pth")
     torch.save({"model": {k: v for k, v in names.items() if k != "decoder_blocks.0.norm1.weight"}}, tmp_path / "lacking.pth")
     torch.save({"model": names | {"surplus": torch.zeros(1)}}, tmp_path / "surplus.pth")
-    assert open_model(tmp_path / "full.pth")[1].decoder_embed_dim == 32
+    assert open_model(tmp_path / "full.pth")[1].decoder_embed_dim == 256
     images = torch.randn(1, 3, 16, 16)
     torch.testing.assert_close(open_encoder(tmp_path / "encoder.pth").forward_features(images), model.encoder.eval().forward_features(images))
     for name, says in (("encoder.pth", "encoder only"), ("lacking.pth", "decoder.blocks.0.norm1.weight"), ("surplus.pth", "surplus")):

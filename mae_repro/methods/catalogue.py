@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'method_name', 'config_from_dict', 'save_model', 'open_model', 'open_encoder', 'to_timm', 'timm_arguments',
            'export_model']
 
-# %% ../../nbs/methods/19_catalogue.ipynb #fde00c8a
+# %% ../../nbs/methods/19_catalogue.ipynb #3600984a
 import json
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
@@ -20,7 +20,7 @@ from .crossmae import CrossMAE
 from .mae import ENCODER_KEYS, MAE, sizes_of
 from ..parts.encoder import Encoder
 from ..parts.model import MaskedAutoencoder, ModelConfig, initialise_mae
-from ..parts.weights import KeyMap, LoadReport, UserError, load_into, load_state, save_state
+from ..parts.weights import KeyMap, LoadReport, UserError, load_about, load_into, load_state, save_state
 
 # %% ../../nbs/methods/19_catalogue.ipynb #7cb5102c
 METHODS: dict[str, type[ModelConfig]] = {"mae": MAE, "crossmae": CrossMAE}
@@ -60,7 +60,7 @@ def _read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise UserError(f"{folder / 'model.json'}: is damaged ({error})") from error
     return config, load_state(folder / "model.safetensors")
 
-# %% ../../nbs/methods/19_catalogue.ipynb #25b831df
+# %% ../../nbs/methods/19_catalogue.ipynb #8191a86b
 def _published(path: Path) -> tuple[type[ModelConfig] | None, dict[str, Tensor]]:
     "The method that recognises a published checkpoint (None: encoder only) and its tensors, without classifier heads."
     state = load_state(path)
@@ -85,8 +85,12 @@ def open_model(path: str | Path) -> tuple[MaskedAutoencoder, ModelConfig]:
         if method is None:
             raise UserError(f"{path}: holds an encoder only, without decoder, so it cannot reconstruct. Use it for features "
                             f"(`mae-repro probe {path} ...`), or get the checkpoint that was saved for visualisation")
-        unknown = method.published_keys.unknown(published)
-        config, published = method.from_published(published), {k: v for k, v in published.items() if k not in unknown}
+        unknown, about = method.published_keys.unknown(published), load_about(path)
+        try:
+            config = config_from_dict(about["method"], about["config"]) if "method" in about else method.from_published(published)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
+        published = {k: v for k, v in published.items() if k not in unknown}
         model, state = config.build(), method.published_keys.to_ours(method.adapt(published))
     report = load_into(model, state)
     report = replace(report, unexpected=report.unexpected + unknown)
@@ -95,8 +99,9 @@ def open_model(path: str | Path) -> tuple[MaskedAutoencoder, ModelConfig]:
     return model.eval(), config
 
 
-def _encoder_like(state: dict[str, Tensor]) -> tuple[Encoder, LoadReport]:
-    sizes = sizes_of({k: v for k, v in state.items() if k != "mask_token"})
+def _encoder_like(state: dict[str, Tensor], about: dict) -> tuple[Encoder, LoadReport]:
+    sizes = {k: about[k] for k in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")} if "num_heads" in about \
+        else sizes_of({k: v for k, v in state.items() if k != "mask_token"})
     encoder = Encoder(**sizes, final_norm="norm.weight" in state)
     keys = KeyMap(ENCODER_KEYS)
     known = {k: v for k, v in state.items() if k.startswith(tuple(old for old, _ in ENCODER_KEYS))}
@@ -114,7 +119,10 @@ def open_encoder(spec: str | Path, pretrained: bool = True, seed: int = 0) -> nn
         if path.is_dir() or _published(path)[0]:
             encoder = open_model(path)[0].encoder
         else:
-            encoder, report = _encoder_like(load_state(path))
+            try:
+                encoder, report = _encoder_like(load_state(path), load_about(path))
+            except ValueError as error:
+                raise UserError(f"{path}: {error}") from error
             if report.missing or report.mismatched:
                 raise UserError(f"{path}: is not a complete encoder: {report}")
         if not pretrained:
@@ -129,7 +137,7 @@ def open_encoder(spec: str | Path, pretrained: bool = True, seed: int = 0) -> nn
         raise UserError(f"{spec}: no such file or folder. Give a run folder, a checkpoint, or a timm name such as vit_base_patch16_224.mae")
     return _timm_encoder(str(spec), pretrained, seed)
 
-# %% ../../nbs/methods/19_catalogue.ipynb #35d7fb3a
+# %% ../../nbs/methods/19_catalogue.ipynb #616fdd46
 @contextmanager
 def _impatient_hub(seconds: float = 3.):
     "Where the model hub does not answer, its client would retry for a minute: inside this context it uses earlier downloads, or fails at once."
@@ -192,12 +200,13 @@ def export_model(run: str | Path, to: str, out: str | Path) -> str:
     model, config = open_model(run)
     out.parent.mkdir(parents=True, exist_ok=True)
     if to == "timm":
-        save_state(model.encoder.state_dict(), out, {"architecture": json.dumps(timm_arguments(model.encoder))})
+        save_state(model.encoder.state_dict(), out, {"mae_repro": json.dumps(timm_arguments(model.encoder))})
         arguments = ", ".join(f"{k}={v!r}" for k, v in timm_arguments(model.encoder).items())
         return f"import timm, safetensors.torch\nencoder = timm.models.VisionTransformer({arguments})\nencoder.load_state_dict(safetensors.torch.load_file({str(out)!r}))"
     if to == "half":
         about = json.loads((run / "model.json").read_text()) if (run / "model.json").is_file() else {}
         save_model(out, model.half(), config, {k: v for k, v in about.items() if k not in ("method", "config")})
         return f"from mae_repro.methods.catalogue import open_model\nmodel, config = open_model({str(out)!r})"
-    torch.save({"model": type(config).published_keys.to_published(model.state_dict())}, out)
+    about = json.dumps({"method": method_name(config), "config": asdict(config)})
+    torch.save({"model": type(config).published_keys.to_published(model.state_dict()), "mae_repro": about}, out)
     return f"import torch\nstate = torch.load({str(out)!r}, weights_only=True)['model']  # names of {method_name(config)}'s published code"

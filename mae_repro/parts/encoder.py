@@ -72,7 +72,7 @@ class Block(nn.Module):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
-# %% ../../nbs/parts/05_encoder.ipynb #3cf7b665
+# %% ../../nbs/parts/05_encoder.ipynb #a5ff1e5a
 SIZES = {  # embed_dim, depth, num_heads
     "Ti": dict(embed_dim=192, depth=12, num_heads=3), "S": dict(embed_dim=384, depth=12, num_heads=6),
     "B": dict(embed_dim=768, depth=12, num_heads=12), "L": dict(embed_dim=1024, depth=24, num_heads=16),
@@ -132,9 +132,13 @@ class Encoder(nn.Module):
                                 return_class_token: bool = False, norm: bool = True) -> tuple:
         """Patch tokens (B, L, D) of the last `n` blocks, or of the blocks listed in `n`; the signature of DINOv2 and timm.
 
-        reshape: (B, D, gh, gw) instead. return_class_token: pairs (patches, cls (B, D)). norm: apply the final norm to each."""
+        reshape: (B, D, gh, gw) instead. return_class_token: pairs (patches, cls (B, D)). norm: apply the final norm to each.
+        ValueError for a block that does not exist."""
         depth, (gh, gw) = len(self.blocks), grid_size(images.shape[-2:], self.patch_size)
-        chosen = sorted(range(depth - n, depth) if isinstance(n, int) else (i % depth for i in n))
+        wanted = range(depth - n, depth) if isinstance(n, int) else [i + depth if i < 0 else i for i in n]
+        if not wanted or not all(0 <= i < depth for i in wanted):
+            raise ValueError(f"n {n} asks for blocks that an encoder of depth {depth} does not have")
+        chosen = sorted(wanted)
         out = [self.norm(x) if norm else x for x in self(images, maps=tuple(i + 1 for i in chosen))[1]]
         patches = [rearrange(x[:, 1:], "b (gh gw) d -> b d gh gw", gh=gh, gw=gw) if reshape else x[:, 1:] for x in out]
         return tuple(zip(patches, [x[:, 0] for x in out])) if return_class_token else tuple(patches)
