@@ -71,6 +71,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'mae_repro.cli.ProbeArgs': ('cli.html#probeargs', 'mae_repro/cli.py'),
                                'mae_repro.cli.RecipesArgs': ('cli.html#recipesargs', 'mae_repro/cli.py'),
                                'mae_repro.cli.ResumeArgs': ('cli.html#resumeargs', 'mae_repro/cli.py'),
+                               'mae_repro.cli._check_json': ('cli.html#_check_json', 'mae_repro/cli.py'),
                                'mae_repro.cli._device': ('cli.html#_device', 'mae_repro/cli.py'),
                                'mae_repro.cli._exit_code': ('cli.html#_exit_code', 'mae_repro/cli.py'),
                                'mae_repro.cli._fifths': ('cli.html#_fifths', 'mae_repro/cli.py'),

@@ -32,7 +32,7 @@ WELCOME = """mae-repro: masked autoencoders over one image or many views
 
 More: resume, export, benchmark. `mae-repro COMMAND --help` explains each; the notebooks in nbs/ explain why."""
 
-# %% ../nbs/80_cli.ipynb #0d44e0d3
+# %% ../nbs/80_cli.ipynb #973c823b
 class BadUsage(Exception):
     "The arguments cannot be understood: the message, ready to print."
 
@@ -42,14 +42,28 @@ def parse(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=args, prog=prog, **({} if default is None else {"default": default}))
+            found = tyro.cli(kind, args=args, prog=prog, **({} if default is None else {"default": default}))
+        _check_json(getattr(found, "json", None))
+        return found
     except SystemExit as stop:
         if not stop.code:
             raise
-        text = re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue())
+        text = re.sub(r"\x1b\[[0-9;]*m|\[/?bold\]", "", said.getvalue())
         lines = [re.sub(r"^[│╭╰]\s?|\s*[│╮╯]$", "", line).rstrip() for line in text.splitlines()]
         lines = [line for line in lines if line.strip() and set(line.strip()) - set("─-") and not line.startswith("─")]
         raise BadUsage("\n".join(lines) or "the arguments cannot be understood") from None
+
+
+def _check_json(where: str | None) -> None:
+    "BadUsage before any work is done if the JSON cannot be written there."
+    if where in (None, "-"):
+        return
+    try:
+        Path(where).parent.mkdir(parents=True, exist_ok=True)
+        if Path(where).is_dir():
+            raise IsADirectoryError(None, "is a folder")
+    except OSError as error:
+        raise BadUsage(f"--json {where}: cannot be written there ({error.strerror}). Give the path of a file, or - for standard output") from None
 
 
 def emit(value: Any, where: str | None, text: str = "") -> None:
@@ -62,13 +76,12 @@ def emit(value: Any, where: str | None, text: str = "") -> None:
     if where == "-":
         print(plain)
     else:
-        Path(where).parent.mkdir(parents=True, exist_ok=True)
         Path(where).write_text(plain + "\n", encoding="utf-8")
 
 
 Json = Annotated[str | None, arg(help="Write the numbers as JSON to this path; - for standard output.", metavar="PATH|-")]
 
-# %% ../nbs/80_cli.ipynb #beefbab5
+# %% ../nbs/80_cli.ipynb #45d1f080
 @dataclass(frozen=True)
 class RecipesArgs:
     "What can be trained: a table of all recipes, or everything about one."
@@ -97,10 +110,12 @@ def _flat(plain: dict, prefix: str = "--"):
     for key, value in plain.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
-        elif key not in ("recipe", "method_name"):
+        elif isinstance(value, bool):
+            yield f"  {prefix}{'' if value else 'no-'}{key.replace('_', '-')}"
+        elif key not in ("recipe", "method_name") and value not in (None, []):
             yield f"  {prefix}{key.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
-# %% ../nbs/80_cli.ipynb #a63b9ae3
+# %% ../nbs/80_cli.ipynb #29104d83
 C = TypeVar("C")
 
 
@@ -140,7 +155,8 @@ class ResumeArgs:
     "Where the data is now, if it has moved."
     workers: Annotated[int | None, arg(name="data.workers")] = None
     "Processes that load data."
-    device: Annotated[str | None, arg(name="train.device")] = None
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"] | None, arg(name="train.device")] = None
+    "Where to compute from now on."
     json: Json = None
 
 
@@ -156,7 +172,8 @@ def _trained(run: Path, where: str | None) -> int:
     "Say where the run is and what to do with it, once, on the first process."
     if int(os.environ.get("RANK", 0)) == 0:
         summary = json.loads((run / "summary.json").read_text())
-        emit({"run": str(run), **summary}, where, f"{run}: finished, loss {summary['loss']:.4f}\nnext: mae-repro probe {run} --data.root DIR")
+        skipped = f"\n{summary['skipped']} times an image could not be read and the next one took its place; which ones: {run / 'skipped.txt'}" if summary["skipped"] else ""
+        emit({"run": str(run), **summary}, where, f"{run}: finished, loss {summary['loss']:.4f}{skipped}\nnext: mae-repro probe {run} --data.root DIR")
     return 0
 
 
@@ -176,7 +193,7 @@ def _training_probe(config):
         raise UserError("--train.probe-every needs labelled data: class folders, ImageNet's layout, or CIFAR-10")
     return lambda encoder: {"knn": run_probe(encoder, train, test, kind="knn", device=next(encoder.parameters()).device, progress=False).accuracy}
 
-# %% ../nbs/80_cli.ipynb #e2cf5f10
+# %% ../nbs/80_cli.ipynb #2edc0e8b
 @dataclass(frozen=True)
 class DataArgs:
     "Which images."
@@ -201,6 +218,9 @@ def _labelled(root: Path | None, limit: int | None = None, test_limit: int | Non
         everything = open_images(root, None, None)
         if everything.labels is None:
             return None, None
+        few = [name for i, name in enumerate(everything.class_names) if everything.labels.count(i) < 5]
+        if few:
+            raise UserError(f"{root}: every fifth image of each class is held out for the test, but class {few[0]} has fewer than 5 images. Add some, or make train/ and val/ folders yourself")
         train, test = _fifths(everything, limit, test_limit)
     return (None, None) if train.labels is None or test.labels is None else (train, test)
 
@@ -267,12 +287,18 @@ class ProbeArgs:
 def probe(args: list[str]) -> int:
     from mae_repro.evaluation import probes
     from mae_repro.methods.catalogue import open_encoder
+    from mae_repro.parts.features import encoder_patch_size
     from mae_repro.parts.weights import UserError
     a = parse(ProbeArgs, args, "mae-repro probe")
     if a.data.root is None:
         raise UserError("probe needs labelled images: give --data.root DIR (class folders, ImageNet's layout, or CIFAR-10)")
+    if a.batch_size < 1 or a.workers < 0:
+        raise UserError(f"--batch-size {a.batch_size} and --workers {a.workers}: the first must be at least 1, the second not negative")
     device = _device(a.device)
     encoder = open_encoder(a.encoder).to(device)
+    patch = encoder_patch_size(encoder)
+    if a.img_size is not None and (a.img_size < patch or a.img_size % patch):
+        raise UserError(f"--img-size {a.img_size} is not a multiple of the encoder's patch_size {patch}")
     train, test = _labelled(a.data.root, a.data.limit, a.data.test_limit)
     if train is None:
         raise UserError(f"{a.data.root}: has no labels; put the images of each class in a folder of its own")
@@ -407,7 +433,7 @@ def demo(args: list[str]) -> int:
     run_demo(a.out, a.epochs)
     return 0
 
-# %% ../nbs/80_cli.ipynb #b71e6dcb
+# %% ../nbs/80_cli.ipynb #5c46635c
 COMMANDS = {"demo": demo, "recipes": recipes, "pretrain": pretrain, "resume": resume, "probe": probe, "parity": parity, "export": export, "benchmark": benchmark}
 
 
@@ -442,7 +468,8 @@ def run(args: list[str]) -> int:
         code = _exit_code(error)
         if code is None:
             raise
-        print(f"mae-repro {args[0]}: {error}", file=sys.stderr)
+        said = f"{error.filename}: {error.strerror}; is it the folder or file that you meant?" if isinstance(error, OSError) else error
+        print(f"mae-repro {args[0]}: {said}", file=sys.stderr)
         return code
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from .methods.catalogue import METHODS
 from .parts.weights import UserError
 
-# %% ../nbs/60_parity.ipynb #77e52e87
+# %% ../nbs/60_parity.ipynb #f929acee
 SCHEMA = "parity-1"
 
 
@@ -39,6 +39,8 @@ class Reference:
 def read_reference(path: str | Path) -> Reference:
     "Read a reference file; UserError if it is missing, damaged, of another schema, or lacks a part."
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give its files: {path}/*.safetensors")
     if not path.is_file():
         raise UserError(f"{path}: no such file. Reference vectors are .safetensors files of schema {SCHEMA}, such as those in data/parity")
     try:

@@ -516,7 +516,7 @@ def finish(trainer: Trainer) -> None:
                    "loss": [line["loss"] for line in lines if "loss" in line][-1], "seconds": round(trainer.seconds, 1), "skipped": trainer.skipped, **probes})
     on_main(trainer.accelerator, write)
 
-# %% ../../nbs/training/33_pretrain.ipynb #180a685d
+# %% ../../nbs/training/33_pretrain.ipynb #c004f74c
 Probe = Callable[[nn.Module], dict]
 Figure = Callable[[nn.Module, Tensor, Path], None]
 
@@ -532,7 +532,12 @@ def pretrain(config: Config, run_dir: Path | str | None = None, probe: Probe | N
     validate(config, len(views), processes())
     accelerator = start_accelerator(config)
     folder = on_main(accelerator, lambda: _found_run(config, run_dir, base))
-    return _train(config, folder, views, accelerator, probe, figure, progress)
+    try:
+        return _train(config, folder, views, accelerator, probe, figure, progress)
+    except UserError:
+        if accelerator.is_main_process and not (folder / "metrics.jsonl").exists() and latest_checkpoint(folder / "checkpoints") is None:
+            shutil.rmtree(folder, ignore_errors=True)  # nothing was trained: the same command can be given again
+        raise
 
 
 def resume(run_dir: Path | str, probe: Probe | None = None, figure: Figure | None = None, progress: bool = True,

@@ -324,7 +324,7 @@ def _value(hint: Any, value: Any, where: str):
             return value
     raise UserError(f"{where}: {value!r} is not a {hint}")
 
-# %% ../../nbs/training/30_recipes.ipynb #a19962d7
+# %% ../../nbs/training/30_recipes.ipynb #2fcb2f9c
 def validate(config: Config, num_images: int | None = None, processes: int = 1) -> None:
     """UserError naming the first field that cannot work, as typed on the command line, and what to do about it.
 
@@ -347,11 +347,15 @@ def validate(config: Config, num_images: int | None = None, processes: int = 1) 
 
 
 def _check_builds(config: Config) -> None:
-    "What only the method knows (which blocks it may mix, say): build the model without memory."
+    "What only the method knows (which blocks it may mix, which grids it can mask): build the model without memory, and one mask."
     import torch
+    m = config.method
+    sides = m.img_size if isinstance(m.img_size, tuple) else (m.img_size, m.img_size)
+    grid = sides[0] // m.patch_size, sides[1] // m.patch_size
     try:
         with torch.device("meta"):
-            config.method.build()
+            model = m.build()
+        model.masking(torch.rand(1, 1, grid[0] * grid[1]), grid)
     except ValueError as error:
         raise UserError(f"--method: {error}") from None
 
@@ -366,6 +370,9 @@ Checks = typing.Iterator[tuple[str, bool, str]]
 def _check_model(config: Config) -> Checks:
     m = config.method
     for name in ("patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads"):
+        if hasattr(m, name):
+            yield f"method.{name}", getattr(m, name) > 0, "must be positive"
+    for name in ("mlp_ratio", "norm_eps"):
         if hasattr(m, name):
             yield f"method.{name}", getattr(m, name) > 0, "must be positive"
     sides = m.img_size if isinstance(m.img_size, tuple) else (m.img_size,)
@@ -407,6 +414,7 @@ def _check_train(config: Config) -> Checks:
         yield f"train.{name}", getattr(t, name) > 0, "must be positive"
     for name in ("seed", "keep_every", "figure_every", "probe_every"):
         yield f"train.{name}", getattr(t, name) >= 0, "must not be negative"
+    yield "train.seed", t.seed < 2 ** 31, "must be below 2147483648"
     cuda = torch.cuda.is_available()
     yield "train.device", t.device != "cuda" or cuda, "is not there: torch sees no GPU; use --train.device cpu"
     yield "train.device", t.device != "mps" or torch.backends.mps.is_available(), "is not there; use --train.device cpu"
