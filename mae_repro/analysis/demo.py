@@ -24,11 +24,11 @@ from ..training.pretrain import environment, new_run_dir, pretrain, read_metrics
 from ..training.recipes import Config, recipe, replace_in
 from ..views.photos import EvalCrop, open_images
 
-# %% ../../nbs/analysis/56_demo.ipynb #14e3923b
+# %% ../../nbs/analysis/56_demo.ipynb #5d618f79
 def demo_config(epochs: int | None = None) -> Config:
-    "crossmae-tiny on the built-in photographs at 64 pixels, in small batches: about two minutes on two CPU cores."
+    "crossmae-tiny on the built-in photographs at 64 pixels, in small batches: under two minutes on two CPU cores."
     config = recipe("crossmae-tiny")
-    changes = {"method.img_size": 64, "method.patch_size": 8, "views.scale": (.05, 1.), "optim.batch_size": 64, "optim.base_lr": 8e-3,
+    changes = {"method.img_size": 64, "method.patch_size": 8, "views.scale": (.02, .2), "optim.batch_size": 64, "optim.base_lr": 8e-3,
                "optim.epochs": 20 if epochs is None else epochs, "train.figure_every": 0.}
     changes["optim.warmup_epochs"] = min(config.optim.warmup_epochs, changes["optim.epochs"] / 10)
     for name, value in changes.items():

@@ -19,7 +19,7 @@ from .masking import Masks
 from .patches import grid_size
 from .positions import interpolate_positions, sincos_positions
 
-# %% ../../nbs/parts/05_encoder.ipynb #0cf8a2a7
+# %% ../../nbs/parts/05_encoder.ipynb #c41dbe20
 def take(x: Tensor, ids: Tensor) -> Tensor:
     "Rows `ids` (B, n) of x (B, t, d) -> (B, n, d). The one gather of this project."
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
@@ -48,7 +48,7 @@ class PatchEmbed(nn.Module):
             patches = take_patches(images, ids, self.patch_size, order="c p1 p2")
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
-# %% ../../nbs/parts/05_encoder.ipynb #982570e4
+# %% ../../nbs/parts/05_encoder.ipynb #3a7b6967
 class Mlp(nn.Module):
     "dim -> hidden -> dim with exact (erf) GELU; parameters `fc1`, `fc2`."
     def __init__(self, dim: int, hidden: int):
@@ -72,7 +72,7 @@ class Block(nn.Module):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
-# %% ../../nbs/parts/05_encoder.ipynb #a5ff1e5a
+# %% ../../nbs/parts/05_encoder.ipynb #2e5dc629
 SIZES = {  # embed_dim, depth, num_heads
     "Ti": dict(embed_dim=192, depth=12, num_heads=3), "S": dict(embed_dim=384, depth=12, num_heads=6),
     "B": dict(embed_dim=768, depth=12, num_heads=12), "L": dict(embed_dim=1024, depth=24, num_heads=16),
@@ -143,7 +143,7 @@ class Encoder(nn.Module):
         patches = [rearrange(x[:, 1:], "b (gh gw) d -> b d gh gw", gh=gh, gw=gw) if reshape else x[:, 1:] for x in out]
         return tuple(zip(patches, [x[:, 0] for x in out])) if return_class_token else tuple(patches)
 
-# %% ../../nbs/parts/05_encoder.ipynb #f13fc275
+# %% ../../nbs/parts/05_encoder.ipynb #4aba1568
 class Seen(NamedTuple):
     """What the encoder has seen of a batch of views: tokens (B, t, D), their places (B, t), the feature maps asked for
 

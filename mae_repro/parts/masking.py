@@ -28,7 +28,7 @@ def keep_and_predict(l: int, mask_ratio: float, prediction_ratio: float | None =
         raise ValueError(f"prediction_ratio {prediction_ratio} is not between 0 and the mask_ratio {mask_ratio}")
     return keep, l - keep - int(l * (mask_ratio - prediction_ratio)) if prediction_ratio else 0
 
-# %% ../../nbs/parts/03_masking.ipynb #8dd221ee
+# %% ../../nbs/parts/03_masking.ipynb #23eef5a4
 class Masks(NamedTuple):
     """Hidden and predicted patches of a batch of views; True = hidden. Indices count patches in raster order, without cls.
 
@@ -73,7 +73,7 @@ def _masks(hidden: Tensor, predict: Tensor, counts: list[tuple[int, int]]) -> Ma
         start = stop
     return Masks(hidden, predict, tuple(visible), tuple(predicted))
 
-# %% ../../nbs/parts/03_masking.ipynb #d2022472
+# %% ../../nbs/parts/03_masking.ipynb #f2eacaca
 def masks_from_scores(scores: Tensor, counts: list[tuple[int, int]]) -> Masks:
     "The `keep` lowest scores (B, V, L) of each view stay visible, the `n` highest are predicted; `counts` holds (keep, n) for each view."
     rank = scores.argsort(dim=-1).argsort(dim=-1)
@@ -98,7 +98,7 @@ class RandomMasking:
         "noise (B, V, L) in [0, 1) -> Masks."
         return masks_from_scores(noise, self.counts(*noise.shape[1:]))
 
-# %% ../../nbs/parts/03_masking.ipynb #f77bfdba
+# %% ../../nbs/parts/03_masking.ipynb #fde6eeec
 def _ordered(noise: Tensor, hidden: Tensor, prediction_ratio: float | None, mask_ratio: float) -> Masks:
     "Masks with exactly this hidden set; which of them are predicted is left to the noise."
     l, keep = hidden.shape[-1], int((~hidden[0, 0]).sum())

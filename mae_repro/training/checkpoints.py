@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['STATE', 'write_state', 'save_checkpoint', 'list_checkpoints', 'load_checkpoint', 'latest_checkpoint', 'clean_aside']
 
-# %% ../../nbs/training/32_checkpoints.ipynb #01226d4c
+# %% ../../nbs/training/32_checkpoints.ipynb #e89c47ca
 import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 # %% ../../nbs/training/32_checkpoints.ipynb #0fab1c88
 import torch
 
-# %% ../../nbs/training/32_checkpoints.ipynb #320f331d
+# %% ../../nbs/training/32_checkpoints.ipynb #977c25be
 STATE = "state.pt"
 
 
@@ -73,7 +72,7 @@ def write_state(folder: Path, state: dict) -> Path:
         raise
     return folder
 
-# %% ../../nbs/training/32_checkpoints.ipynb #f342b2a1
+# %% ../../nbs/training/32_checkpoints.ipynb #ed003eb0
 def save_checkpoint(folder: Path, step: int, state: dict, keep_every: int = 0) -> Path:
     """Write `state` as checkpoint `folder/<step>`, then delete older ones, except the first in every `keep_every` steps (0 = none).
 
@@ -111,7 +110,7 @@ def _delete(path: Path) -> None:
     os.rename(path, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
-# %% ../../nbs/training/32_checkpoints.ipynb #09377159
+# %% ../../nbs/training/32_checkpoints.ipynb #8908707b
 def load_checkpoint(path: Path) -> dict | None:
     "The state in a checkpoint's folder, tensors on the CPU; None if it cannot be read. Never runs code from the file."
     try:
