@@ -165,7 +165,8 @@ def test_lars_is_the_authors():
     got = {"step/losses": losses, "step/head.1.weight": heads.heads[0].weight, "step/head.1.bias": heads.heads[0].bias,
            "step/head.0.running_mean": heads.norm.running_mean, "step/head.0.running_var": heads.norm.running_var, "out/eval_logits": logits}
     for key, value in got.items():
-        assert (value - ref[key]).abs().max() < (1e-5 if key in ("step/losses", "out/eval_logits") else 1e-6), key
+        # Steps at rate 6.4 multiply the rounding of a sum of 16 gradients, whose order depends on the number of threads: 1e-5 of values around 1.
+        assert (value - ref[key]).abs().max() < 1e-5, key
 
 
 def test_lars_defaults_are_the_published_recipe():
