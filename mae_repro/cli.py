@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WELCOME', 'Json', 'C', 'COMMANDS', 'BadUsage', 'parse', 'emit', 'RecipesArgs', 'recipes', 'PretrainArgs', 'pretrain',
-           'ResumeArgs', 'resume', 'DataArgs', 'Part', 'ProbeArgs', 'probe', 'ParityArgs', 'parity', 'ExportArgs',
-           'export', 'BenchmarkArgs', 'benchmark', 'DemoArgs', 'demo', 'run', 'main']
+           'ResumeArgs', 'resume', 'DataArgs', 'ProbeArgs', 'probe', 'ParityArgs', 'parity', 'ExportArgs', 'export',
+           'BenchmarkArgs', 'benchmark', 'DemoArgs', 'demo', 'run', 'main']
 
 # %% ../nbs/80_cli.ipynb #252fa891
 import contextlib
@@ -193,7 +193,7 @@ def _training_probe(config):
         raise UserError("--train.probe-every needs labelled data: class folders, ImageNet's layout, or CIFAR-10")
     return lambda encoder: {"knn": run_probe(encoder, train, test, kind="knn", device=next(encoder.parameters()).device, progress=False).accuracy}
 
-# %% ../nbs/80_cli.ipynb #2edc0e8b
+# %% ../nbs/80_cli.ipynb #eac801b7
 @dataclass(frozen=True)
 class DataArgs:
     "Which images."
@@ -225,31 +225,7 @@ def _labelled(root: Path | None, limit: int | None = None, test_limit: int | Non
     return (None, None) if train.labels is None or test.labels is None else (train, test)
 
 
-@dataclass(frozen=True)
-class Part:
-    "Some images of an image set."
-    images: Any
-    chosen: list[int]
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def load(self, i: int):
-        return self.images.load(self.chosen[i])
-
-    def name(self, i: int) -> str:
-        return self.images.name(self.chosen[i])
-
-    @property
-    def labels(self) -> list[int]:
-        return [self.images.labels[i] for i in self.chosen]
-
-    @property
-    def class_names(self):
-        return self.images.class_names
-
-
-def _fifths(images, limit: int | None, test_limit: int | None) -> tuple[Part, Part]:
+def _fifths(images, limit: int | None, test_limit: int | None):
     "Every fifth image of each class is held out."
     seen: dict[int, int] = {}
     parts: tuple[list[int], list[int]] = ([], [])
@@ -257,7 +233,7 @@ def _fifths(images, limit: int | None, test_limit: int | None) -> tuple[Part, Pa
         seen[label] = seen.get(label, 0) + 1
         parts[seen[label] % 5 == 0].append(i)
     spread = lambda chosen, n: chosen if n is None or n >= len(chosen) else [chosen[i * len(chosen) // n] for i in range(n)]
-    return Part(images, spread(parts[0], limit)), Part(images, spread(parts[1], test_limit))
+    return images.take(spread(parts[0], limit)), images.take(spread(parts[1], test_limit))
 
 
 @dataclass(frozen=True)

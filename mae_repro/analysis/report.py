@@ -19,20 +19,17 @@ from torch import Tensor
 from ..parts.model import MaskedAutoencoder, Reconstruction, paint
 from ..parts.patches import denormalise, patchify, show_images, unpatchify
 
-# %% ../../nbs/analysis/55_report.ipynb #a3fd9268
+# %% ../../nbs/analysis/55_report.ipynb #2fe4b036
 @torch.no_grad()
 def reconstruct_all(model: MaskedAutoencoder, views: Tensor, seed: int = 0) -> Reconstruction:
     "Reconstruct normalised views (B, V, 3, H, W), predicting every hidden patch; masks from `seed`, the same for every model of this size."
-    noise = torch.rand(*views.shape[:2], (views.shape[-2] // model.encoder.patch_size) * (views.shape[-1] // model.encoder.patch_size),
-                       generator=torch.Generator().manual_seed(seed)).to(views.device)
-    masks = model.make_masks(views, noise=noise)
+    masks = model.make_masks(views, generator=torch.Generator().manual_seed(seed))
     return model(views, masks.hidden, masks.hidden)
 
 
 def mask_pictures(model: MaskedAutoencoder, views: Tensor, seed: int = 0) -> Tensor:
     "Views (B, V, 3, H, W) in 0..1 as the training sees them: visible patches, hidden ones grey, predicted ones orange."
-    noise = torch.rand(*views.shape[:2], views.shape[-2] * views.shape[-1] // model.encoder.patch_size ** 2, generator=torch.Generator().manual_seed(seed))
-    p, masks = model.encoder.patch_size, model.make_masks(views, noise=noise)
+    p, masks = model.encoder.patch_size, model.make_masks(views, generator=torch.Generator().manual_seed(seed))
     patches = patchify(denormalise(views), p)
     patches = torch.where(masks.hidden[..., None], torch.tensor(.75, device=views.device), patches)
     orange = torch.tensor([.88, .51, .17], device=views.device).repeat(p * p)

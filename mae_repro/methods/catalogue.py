@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'method_name', 'config_from_dict', 'save_model', 'open_model', 'open_encoder', 'to_timm', 'timm_arguments',
            'export_model']
 
-# %% ../../nbs/methods/19_catalogue.ipynb #3600984a
+# %% ../../nbs/methods/19_catalogue.ipynb #4e68e259
 import json
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
@@ -20,7 +20,7 @@ from .crossmae import CrossMAE
 from .mae import ENCODER_KEYS, MAE, sizes_of
 from ..parts.encoder import Encoder
 from ..parts.model import MaskedAutoencoder, ModelConfig, initialise_mae
-from ..parts.weights import KeyMap, LoadReport, UserError, load_about, load_into, load_state, save_state
+from ..parts.weights import KeyMap, LoadReport, UserError, load_into, load_state, read_checkpoint, save_state
 
 # %% ../../nbs/methods/19_catalogue.ipynb #7cb5102c
 METHODS: dict[str, type[ModelConfig]] = {"mae": MAE, "crossmae": CrossMAE}
@@ -60,38 +60,46 @@ def _read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise UserError(f"{folder / 'model.json'}: is damaged ({error})") from error
     return config, load_state(folder / "model.safetensors")
 
-# %% ../../nbs/methods/19_catalogue.ipynb #8191a86b
-def _published(path: Path) -> tuple[type[ModelConfig] | None, dict[str, Tensor]]:
-    "The method that recognises a published checkpoint (None: encoder only) and its tensors, without classifier heads."
-    state = load_state(path)
+# %% ../../nbs/methods/19_catalogue.ipynb #a0d3fb8c
+def _published(path: Path) -> tuple[type[ModelConfig] | None, dict[str, Tensor], dict]:
+    "The method that recognises a published checkpoint (None: encoder only), its tensors, and what it says about itself."
+    state, about = read_checkpoint(path)
     if path.with_name("model.json").is_file() and "encoder.cls_token" in state:
         raise UserError(f"{path}: is part of a run; give its folder {path.parent}")
     missing = {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} - state.keys()
     if missing:
         raise UserError(f"{path}: lacks {', '.join(sorted(missing))}, so it is no Vision Transformer with published names")
-    return next((m for m in METHODS.values() if m.recognises(state)), None), state
+    return next((m for m in METHODS.values() if m.recognises(state)), None), state, about
 
 
 def open_model(path: str | Path) -> tuple[MaskedAutoencoder, ModelConfig]:
     """A whole model (eval mode, CPU) and its configuration from a run folder or a published .pth / .safetensors file.
 
     UserError if the path is missing or damaged, if the weights do not fit, or if they are of an encoder only."""
-    path, unknown = Path(path), ()
+    path = Path(path)
     if path.is_dir():
-        config, state = _read_folder(path)
-        model = config.build()
-    else:
-        method, published = _published(path)
-        if method is None:
-            raise UserError(f"{path}: holds an encoder only, without decoder, so it cannot reconstruct. Use it for features "
-                            f"(`mae-repro probe {path} ...`), or get the checkpoint that was saved for visualisation")
-        unknown, about = method.published_keys.unknown(published), load_about(path)
-        try:
-            config = config_from_dict(about["method"], about["config"]) if "method" in about else method.from_published(published)
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
-        published = {k: v for k, v in published.items() if k not in unknown}
-        model, state = config.build(), method.published_keys.to_ours(method.adapt(published))
+        return _filled(path, *_read_folder(path))
+    method, state, about = _published(path)
+    if method is None:
+        raise UserError(f"{path}: holds an encoder only, without decoder, so it cannot reconstruct. Use it for features "
+                        f"(`mae-repro probe {path} ...`), or get the checkpoint that was saved for visualisation")
+    return _whole(path, method, state, about)
+
+
+def _whole(path: Path, method: type[ModelConfig], state: dict[str, Tensor], about: dict) -> tuple[MaskedAutoencoder, ModelConfig]:
+    "The model of a published checkpoint with decoder."
+    try:
+        config = config_from_dict(about["method"], about["config"]) if "method" in about else method.from_published(state)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    unknown = method.published_keys.unknown(state)
+    known = {k: v for k, v in state.items() if k not in unknown}
+    return _filled(path, config, method.published_keys.to_ours(method.adapt(known)), unknown)
+
+
+def _filled(path: Path, config: ModelConfig, state: dict[str, Tensor], unknown: tuple[str, ...] = ()) -> tuple[MaskedAutoencoder, ModelConfig]:
+    "A model with these weights in our names; `unknown` are names of the file that have no place."
+    model = config.build()
     report = load_into(model, state)
     report = replace(report, unexpected=report.unexpected + unknown)
     if not report:
@@ -109,6 +117,19 @@ def _encoder_like(state: dict[str, Tensor], about: dict) -> tuple[Encoder, LoadR
     return encoder, LoadReport(report.missing, tuple(sorted(state.keys() - known.keys())), report.mismatched)
 
 
+def _published_encoder(path: Path) -> Encoder:
+    method, state, about = _published(path)
+    if method is not None:
+        return _whole(path, method, state, about)[0].encoder
+    try:
+        encoder, report = _encoder_like(state, about)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    if report.missing or report.mismatched:
+        raise UserError(f"{path}: is not a complete encoder: {report}")
+    return encoder
+
+
 def open_encoder(spec: str | Path, pretrained: bool = True, seed: int = 0) -> nn.Module:
     """An encoder (eval mode, CPU) from a run folder, a published checkpoint with or without decoder, or a timm name.
 
@@ -116,15 +137,7 @@ def open_encoder(spec: str | Path, pretrained: bool = True, seed: int = 0) -> nn
     missing or damaged, a timm name is unknown, or the model hub cannot be reached."""
     path = Path(spec)
     if path.exists():
-        if path.is_dir() or _published(path)[0]:
-            encoder = open_model(path)[0].encoder
-        else:
-            try:
-                encoder, report = _encoder_like(load_state(path), load_about(path))
-            except ValueError as error:
-                raise UserError(f"{path}: {error}") from error
-            if report.missing or report.mismatched:
-                raise UserError(f"{path}: is not a complete encoder: {report}")
+        encoder = open_model(path)[0].encoder if path.is_dir() else _published_encoder(path)
         if not pretrained:
             torch.manual_seed(seed)
             encoder = initialise_mae(encoder)

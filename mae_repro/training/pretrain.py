@@ -193,7 +193,7 @@ class Interrupt:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-# %% ../../nbs/training/33_pretrain.ipynb #3e385955
+# %% ../../nbs/training/33_pretrain.ipynb #90e90245
 def processes() -> int:
     "How many processes train together (set by torchrun or accelerate launch)."
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -201,11 +201,9 @@ def processes() -> int:
 
 def idle_parameters(config: Config) -> list[str]:
     "Names of trainable parameters that never get a gradient, found on the meta device."
-    m = config.method
-    sides = m.img_size if isinstance(m.img_size, tuple) else (m.img_size, m.img_size)
     with torch.device("meta"):
-        model = m.build()
-        model(torch.zeros(1, 1, 3, *sides), noise=torch.zeros(1, 1, (sides[0] // m.patch_size) * (sides[1] // m.patch_size))).loss.backward()
+        model = config.method.build()
+        model(torch.zeros(1, 1, 3, *model.encoder.img_size)).loss.backward()
     return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 

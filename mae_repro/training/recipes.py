@@ -324,7 +324,7 @@ def _value(hint: Any, value: Any, where: str):
             return value
     raise UserError(f"{where}: {value!r} is not a {hint}")
 
-# %% ../../nbs/training/30_recipes.ipynb #2fcb2f9c
+# %% ../../nbs/training/30_recipes.ipynb #dba30ae4
 def validate(config: Config, num_images: int | None = None, processes: int = 1) -> None:
     """UserError naming the first field that cannot work, as typed on the command line, and what to do about it.
 
@@ -349,13 +349,11 @@ def validate(config: Config, num_images: int | None = None, processes: int = 1) 
 def _check_builds(config: Config) -> None:
     "What only the method knows (which blocks it may mix, which grids it can mask): build the model without memory, and one mask."
     import torch
-    m = config.method
-    sides = m.img_size if isinstance(m.img_size, tuple) else (m.img_size, m.img_size)
-    grid = sides[0] // m.patch_size, sides[1] // m.patch_size
+    (gh, gw), m = config.method.grid, config.method
     try:
         with torch.device("meta"):
             model = m.build()
-        model.masking(torch.rand(1, 1, grid[0] * grid[1]), grid)
+        model.masking(torch.rand(1, 1, gh * gw), (gh, gw))
     except ValueError as error:
         raise UserError(f"--method: {error}") from None
 
@@ -387,8 +385,7 @@ def _check_model(config: Config) -> Checks:
 
 def _check_ratios(config: Config) -> Checks:
     m = config.method
-    sides = m.img_size if isinstance(m.img_size, tuple) else (m.img_size, m.img_size)
-    patches = (sides[0] // m.patch_size) * (sides[1] // m.patch_size)
+    patches = m.grid[0] * m.grid[1]
     yield "method.mask_ratio", 0 < m.mask_ratio < 1, "must lie between 0 and 1"
     yield "method.mask_ratio", 1 <= int(patches * (1 - m.mask_ratio)) < patches, f"leaves no visible or no hidden patch among {patches}"
     if hasattr(m, "prediction_ratio"):
