@@ -81,7 +81,7 @@ def emit(value: Any, where: str | None, text: str = "") -> None:
 
 Json = Annotated[str | None, arg(help="Write the numbers as JSON to this path; - for standard output.", metavar="PATH|-")]
 
-# %% ../nbs/80_cli.ipynb #45d1f080
+# %% ../nbs/80_cli.ipynb #906918fe
 @dataclass(frozen=True)
 class RecipesArgs:
     "What can be trained: a table of all recipes, or everything about one."
@@ -91,7 +91,8 @@ class RecipesArgs:
 
 
 def recipes(args: list[str]) -> int:
-    from mae_repro.training.recipes import RECIPES, config_to_dict, recipe, recipe_table
+    from mae_repro.training.config import config_to_dict
+    from mae_repro.training.recipes import RECIPES, recipe, recipe_table
     a = parse(RecipesArgs, args, "mae-repro recipes")
     if a.name:
         plain = config_to_dict(recipe(a.name))
@@ -115,7 +116,7 @@ def _flat(plain: dict, prefix: str = "--"):
         elif key not in ("recipe", "method_name") and value not in (None, []):
             yield f"  {prefix}{key.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
-# %% ../nbs/80_cli.ipynb #29104d83
+# %% ../nbs/80_cli.ipynb #f4a8b2ec
 C = TypeVar("C")
 
 
@@ -131,7 +132,8 @@ class PretrainArgs(Generic[C]):
 def pretrain(args: list[str]) -> int:
     from mae_repro.parts.weights import UserError
     from mae_repro.training import pretrain as training
-    from mae_repro.training.recipes import RECIPES, Config, recipe
+    from mae_repro.training.config import Config
+    from mae_repro.training.recipes import RECIPES, recipe
     if not args or args[0].startswith("-"):
         usage = f"mae-repro pretrain RECIPE [--field value ...]\nrecipes: {', '.join(RECIPES)}\nall fields: mae-repro pretrain RECIPE --help"
         if args[:1] in (["-h"], ["--help"]):

@@ -61,7 +61,7 @@ def read_reference(path: str | Path) -> Reference:
         raise UserError(f"{path}: its configuration is not JSON ({error})") from error
     return Reference(meta.get("name", path.stem), meta["family"], config, meta.get("source", ""), tensors)
 
-# %% ../nbs/60_parity.ipynb #eb0bf705
+# %% ../nbs/60_parity.ipynb #d879d7fb
 PRED_TOLERANCE, LOSS_TOLERANCE, GRAD_TOLERANCE, GRAD_FLOOR = 3e-5, 5e-6, 1e-4, 1e-6
 
 
@@ -91,8 +91,7 @@ def replay(reference: Reference) -> Verdict:
     method = METHODS[family]
     try:
         model = method.from_reference(reference.config).build().eval()
-        weights = method.adapt(reference.group("weights"))
-        state = method.published_keys.to_ours(weights)
+        state = method.to_ours(reference.group("weights"))
     except KeyError as error:
         return Verdict(name, family, False, problems=(f"key {error} missing or unexpected",))
     except (TypeError, ValueError) as error:
@@ -112,7 +111,7 @@ def replay(reference: Reference) -> Verdict:
     result.loss.backward()
     loss, pred = (_largest(getattr(result, k).detach() - reference.tensors[f"out/{k}"]) for k in ("loss", "pred"))
     relative = GRAD_TOLERANCE * (10 if "normeps" in name else 1)
-    ours = method.published_keys.to_published({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
+    ours = method.to_published({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
     errors = {k: _largest(ours[k] - g) / (relative * g.abs().max().item() + GRAD_FLOOR) if k in ours else torch.inf for k, g in reference.group("grad").items()}
     worst = max(errors, key=errors.get, default="")
     ok = loss <= LOSS_TOLERANCE and pred <= PRED_TOLERANCE and errors.get(worst, 0.) <= 1

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from mae_repro.parts.weights import UserError
-from mae_repro.views import photos
-from mae_repro.views.photos import BrokenImage, EpochBatches, EvalCrop, SingleCrop, Views, load_image, loader, open_images
+from mae_repro.views import photos, samples
+from mae_repro.views.photos import BrokenImage, Crops, EvalCrop, SingleCrop, load_image, open_images
+from mae_repro.views.samples import EpochBatches, Views, loader
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("MAE_REPRO_SHARED", ROOT.parent / "shared"))
@@ -398,7 +399,7 @@ def equal(a, b):
 
 
 def test_item(toy):
-    views = Views(toy, SingleCrop((16, 32)), patch_size=8, seed=3, repeats=2)
+    views = Views(Crops(toy, SingleCrop((16, 32))), patch_size=8, seed=3, repeats=2)
     item = views[4, 9]
     assert len(views) == 14 and item["views"].shape == (1, 3, 16, 32) and item["views"].dtype == torch.uint8 and item["index"] == 9 and item["broken"] == ""
     assert item["noise"].shape == (1, 8) and item["noise"].dtype == torch.float32 and 0 <= item["noise"].min() and item["noise"].max() < 1
@@ -406,13 +407,13 @@ def test_item(toy):
 
 
 def test_batch(toy):
-    batch = next(iter(loader(Views(toy, SingleCrop(16), 8), EpochBatches(7, 5))))
+    batch = next(iter(loader(Views(Crops(toy, SingleCrop(16)), 8), EpochBatches(7, 5))))
     assert batch["views"].shape == (5, 1, 3, 16, 16) and batch["noise"].shape == (5, 1, 4) and batch["index"].dtype == torch.int64 and batch["broken"] == [""] * 5
 
 
 def test_every_number_of_the_key_counts(toy):
-    base = Views(toy, SingleCrop(16), 8, seed=3, repeats=2)[4, 2]
-    for other in (Views(toy, SingleCrop(16), 8, seed=4, repeats=2)[4, 2], Views(toy, SingleCrop(16), 8, seed=3, repeats=2)[5, 2], Views(toy, SingleCrop(16), 8, seed=3, repeats=2)[4, 9]):
+    base = Views(Crops(toy, SingleCrop(16)), 8, seed=3, repeats=2)[4, 2]
+    for other in (Views(Crops(toy, SingleCrop(16)), 8, seed=4, repeats=2)[4, 2], Views(Crops(toy, SingleCrop(16)), 8, seed=3, repeats=2)[5, 2], Views(Crops(toy, SingleCrop(16)), 8, seed=3, repeats=2)[4, 9]):
         assert not torch.equal(base["views"], other["views"]) and not torch.equal(base["noise"], other["noise"])
 
 
@@ -424,13 +425,13 @@ KNOWN_ORDER = [5, 9, 0, 6, 4, 8, 7, 1, 3, 2]
 def test_known_values(toy):
     "Written down once: the draws may not change between versions of this project, or old runs could not be resumed."
     assert np.random.SeedSequence((3, 4, 2)).generate_state(2, np.uint64).tolist() == KNOWN_SEEDS
-    noise = Views(toy, SingleCrop(16), 8, seed=3)[4, 2]["noise"][0]
+    noise = Views(Crops(toy, SingleCrop(16)), 8, seed=3)[4, 2]["noise"][0]
     assert torch.allclose(noise, torch.tensor(KNOWN_NOISE), atol=1e-4)
     assert EpochBatches(10, 10, seed=3).order(4).tolist() == KNOWN_ORDER
 
 
 def test_the_global_generator_is_left_alone_and_does_not_matter(toy):
-    views = Views(toy, SingleCrop(16), 8)
+    views = Views(Crops(toy, SingleCrop(16)), 8)
     torch.manual_seed(0)
     before, first = torch.get_rng_state(), views[0, 3]
     assert torch.equal(before, torch.get_rng_state())
@@ -444,7 +445,7 @@ def test_the_global_generator_is_left_alone_and_does_not_matter(toy):
 
 
 def test_workers_batches_and_ranks_do_not_matter(toy):
-    views = Views(toy, SingleCrop(16), 8, seed=1, repeats=4)
+    views = Views(Crops(toy, SingleCrop(16)), 8, seed=1, repeats=4)
     reference = fetch(views, [[(2, i)] for i in range(28)])
     assert equal(reference, fetch(views, [[(2, i) for i in reversed(range(28))]]))
     for workers in (0, 2):
@@ -456,7 +457,7 @@ def test_workers_batches_and_ranks_do_not_matter(toy):
 
 
 def test_a_loader_can_be_passed_through_twice(toy):
-    twice = loader(Views(toy, SingleCrop(16), 8), EpochBatches(7, 3), workers=1)
+    twice = loader(Views(Crops(toy, SingleCrop(16)), 8), EpochBatches(7, 3), workers=1)
     assert [b["index"].tolist() for b in twice] == [b["index"].tolist() for b in twice] and len(twice) == 2
 
 
@@ -467,7 +468,7 @@ def test_broken_images_are_replaced_and_reported(tmp_path, workers):
     fill(tmp_path, ["0.png", "3.png"])
     (tmp_path / "1.png").write_bytes(b"")
     (tmp_path / "2.png").write_bytes((tmp_path / "3.png").read_bytes()[:60])
-    views = Views(open_images(tmp_path), SingleCrop(16), 8)
+    views = Views(Crops(open_images(tmp_path), SingleCrop(16)), 8)
     broken, x = {}, {}
     for batch in loader(views, [[(0, 0), (0, 1)], [(0, 2), (0, 3)]], workers):
         broken |= dict(zip(batch["index"].tolist(), batch["broken"]))
@@ -475,37 +476,37 @@ def test_broken_images_are_replaced_and_reported(tmp_path, workers):
     assert broken == {0: "", 1: str(tmp_path / "1.png"), 2: str(tmp_path / "2.png"), 3: ""}
     whole = fill(tmp_path / "whole", ["0.png"])
     picture(seed=1).save(whole / "1.png")  # what 3.png shows
-    assert torch.equal(x[1], Views(open_images(whole), SingleCrop(16), 8)[0, 1]["views"])  # sample 1's draws, image 3
+    assert torch.equal(x[1], Views(Crops(open_images(whole), SingleCrop(16)), 8)[0, 1]["views"])  # sample 1's draws, image 3
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_but_broken_images(tmp_path, workers):
     broken_files(tmp_path)
     with pytest.raises(UserError) as caught:
-        list(loader(Views(open_images(tmp_path), SingleCrop(16), 8), EpochBatches(7, 2), workers))
-    assert str(caught.value).startswith("7 images in a row cannot be read") and "\n" not in str(caught.value)
+        list(loader(Views(Crops(open_images(tmp_path), SingleCrop(16)), 8), EpochBatches(7, 2), workers))
+    assert str(caught.value).startswith("7 items in a row cannot be read") and "\n" not in str(caught.value)
 
 
 def test_patience_is_limited(tmp_path, monkeypatch):
     for i in range(6):
         (tmp_path / f"{i}.png").write_bytes(b"")
     picture().save(tmp_path / "9.png")
-    views = Views(open_images(tmp_path), SingleCrop(16), 8)
+    views = Views(Crops(open_images(tmp_path), SingleCrop(16)), 8)
     assert views[0, 0]["broken"].endswith("0.png")
-    monkeypatch.setattr(photos, "PATIENCE", 3)
-    with pytest.raises(UserError, match="3 images in a row"):
+    monkeypatch.setattr(samples, "PATIENCE", 3)
+    with pytest.raises(UserError, match="3 items in a row"):
         views[0, 0]
 
 
 def test_errors_of_views(toy):
     with pytest.raises(ValueError, match="seed -1"):
-        Views(toy, SingleCrop(16), 8, seed=-1)
+        Views(Crops(toy, SingleCrop(16)), 8, seed=-1)
     with pytest.raises(ValueError, match="repeats 0"):
-        Views(toy, SingleCrop(16), 8, repeats=0)
+        Views(Crops(toy, SingleCrop(16)), 8, repeats=0)
     with pytest.raises(ValueError, match="patch_size 5"):
-        Views(toy, SingleCrop(16), 5)[0, 0]
+        Views(Crops(toy, SingleCrop(16)), 5)[0, 0]
     with pytest.raises(IndexError):
-        Views(toy, SingleCrop(16), 8)[0, 7]
+        Views(Crops(toy, SingleCrop(16)), 8)[0, 7]
 
 
 # ---------------------------------------------------------------- global batches

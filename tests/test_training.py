@@ -24,7 +24,8 @@ from mae_repro.parts.weights import UserError, load_state
 from mae_repro.training import checkpoints as C
 from mae_repro.training import pretrain as P
 from mae_repro.training.optimisation import adamw, cosine_lr, parameter_groups, peak_lr, set_lr
-from mae_repro.training.recipes import RECIPES, Config, config_from_dict, config_to_dict, recipe, recipe_table, replace_in, validate
+from mae_repro.training.config import Config, config_from_dict, config_to_dict, replace_in, validate
+from mae_repro.training.recipes import RECIPES, recipe, recipe_table
 
 SHARED = Path(os.environ.get("MAE_REPRO_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 SIZES = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2)
@@ -483,7 +484,7 @@ SCRIPT = '''
 import json, sys
 from pathlib import Path
 from mae_repro.training.pretrain import pretrain, resume
-from mae_repro.training.recipes import config_from_dict
+from mae_repro.training.config import config_from_dict
 if __name__ == "__main__":
     run, config = Path(sys.argv[1]), Path(sys.argv[2])
     resume(run, progress=False) if (run / "config.json").is_file() else pretrain(config_from_dict(json.loads(config.read_text())), run, progress=False)

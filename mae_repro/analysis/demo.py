@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOOKS', 'demo_config', 'eval_views', 'demo_probe', 'run_demo', 'demo_report']
 
-# %% ../../nbs/analysis/56_demo.ipynb #ab614c36
+# %% ../../nbs/analysis/56_demo.ipynb #0de8cc34
 import html
 import json
 import time
@@ -21,7 +21,8 @@ from ..evaluation.probes import ProbeResult, crop_origin_probe, format_table
 from ..methods.catalogue import open_model
 from ..parts.patches import normalise
 from ..training.pretrain import environment, new_run_dir, pretrain, read_metrics
-from ..training.recipes import Config, recipe, replace_in
+from ..training.config import Config, replace_in
+from ..training.recipes import recipe
 from ..views.photos import EvalCrop, open_images
 
 # %% ../../nbs/analysis/56_demo.ipynb #3c40c8ab

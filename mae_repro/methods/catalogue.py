@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'method_name', 'config_from_dict', 'save_model', 'open_model', 'open_encoder', 'to_timm', 'timm_arguments',
            'export_model']
 
-# %% ../../nbs/methods/19_catalogue.ipynb #4e68e259
+# %% ../../nbs/methods/19_catalogue.ipynb #d351ca28
 import json
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
@@ -16,14 +16,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .cdgmae import CDGMAE
+from .croco import CroCo
 from .crossmae import CrossMAE
 from .mae import ENCODER_KEYS, MAE, sizes_of
+from .siamese import CropMAE, SiamMAE
 from ..parts.encoder import Encoder
 from ..parts.model import MaskedAutoencoder, ModelConfig, initialise_mae
 from ..parts.weights import KeyMap, LoadReport, UserError, load_into, load_state, read_checkpoint, save_state
 
-# %% ../../nbs/methods/19_catalogue.ipynb #7cb5102c
-METHODS: dict[str, type[ModelConfig]] = {"mae": MAE, "crossmae": CrossMAE}
+# %% ../../nbs/methods/19_catalogue.ipynb #2013dfa4
+METHODS: dict[str, type[ModelConfig]] = {"mae": MAE, "crossmae": CrossMAE, "siammae": SiamMAE, "cropmae": CropMAE, "croco": CroCo, "cdgmae": CDGMAE}
 
 
 def method_name(config: ModelConfig) -> str:
@@ -60,16 +63,17 @@ def _read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise UserError(f"{folder / 'model.json'}: is damaged ({error})") from error
     return config, load_state(folder / "model.safetensors")
 
-# %% ../../nbs/methods/19_catalogue.ipynb #a0d3fb8c
+# %% ../../nbs/methods/19_catalogue.ipynb #5b66c3ec
 def _published(path: Path) -> tuple[type[ModelConfig] | None, dict[str, Tensor], dict]:
     "The method that recognises a published checkpoint (None: encoder only), its tensors, and what it says about itself."
     state, about = read_checkpoint(path)
-    if path.with_name("model.json").is_file() and "encoder.cls_token" in state:
+    if path.with_name("model.json").is_file() and "encoder.patch_embed.proj.weight" in state:
         raise UserError(f"{path}: is part of a run; give its folder {path.parent}")
+    method = METHODS.get(about.get("method")) or next((m for m in METHODS.values() if m.recognises(state)), None)
     missing = {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} - state.keys()
-    if missing:
+    if method is None and missing - ({"cls_token"} if about.get("class_token") is False else set()):
         raise UserError(f"{path}: lacks {', '.join(sorted(missing))}, so it is no Vision Transformer with published names")
-    return next((m for m in METHODS.values() if m.recognises(state)), None), state, about
+    return method, state, about
 
 
 def open_model(path: str | Path) -> tuple[MaskedAutoencoder, ModelConfig]:
@@ -94,7 +98,7 @@ def _whole(path: Path, method: type[ModelConfig], state: dict[str, Tensor], abou
         raise UserError(f"{path}: {error}") from error
     unknown = method.published_keys.unknown(state)
     known = {k: v for k, v in state.items() if k not in unknown}
-    return _filled(path, config, method.published_keys.to_ours(method.adapt(known)), unknown)
+    return _filled(path, config, method.to_ours(known), unknown)
 
 
 def _filled(path: Path, config: ModelConfig, state: dict[str, Tensor], unknown: tuple[str, ...] = ()) -> tuple[MaskedAutoencoder, ModelConfig]:
@@ -110,7 +114,7 @@ def _filled(path: Path, config: ModelConfig, state: dict[str, Tensor], unknown: 
 def _encoder_like(state: dict[str, Tensor], about: dict) -> tuple[Encoder, LoadReport]:
     sizes = {k: about[k] for k in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")} if "num_heads" in about \
         else sizes_of({k: v for k, v in state.items() if k != "mask_token"})
-    encoder = Encoder(**sizes, final_norm="norm.weight" in state)
+    encoder = Encoder(**sizes, final_norm="norm.weight" in state, class_token="cls_token" in state)
     keys = KeyMap(ENCODER_KEYS)
     known = {k: v for k, v in state.items() if k.startswith(tuple(old for old, _ in ENCODER_KEYS))}
     report = load_into(encoder, {k.removeprefix("encoder."): v for k, v in keys.to_ours(known).items()})
@@ -150,7 +154,7 @@ def open_encoder(spec: str | Path, pretrained: bool = True, seed: int = 0) -> nn
         raise UserError(f"{spec}: no such file or folder. Give a run folder, a checkpoint, or a timm name such as vit_base_patch16_224.mae")
     return _timm_encoder(str(spec), pretrained, seed)
 
-# %% ../../nbs/methods/19_catalogue.ipynb #616fdd46
+# %% ../../nbs/methods/19_catalogue.ipynb #9674eac3
 @contextmanager
 def _impatient_hub(seconds: float = 3.):
     "Where the model hub does not answer, its client would retry for a minute: inside this context it uses earlier downloads, or fails at once."
@@ -194,10 +198,12 @@ def to_timm(encoder: Encoder) -> nn.Module:
 
 
 def timm_arguments(encoder: Encoder) -> dict:
-    "Keyword arguments of timm.models.VisionTransformer for the architecture of an encoder."
+    "Keyword arguments of timm.models.VisionTransformer for the architecture of an encoder; UserError if it has rotary positions, which that class lacks."
+    if encoder.rotary is not None:
+        raise UserError("timm's VisionTransformer has no rotary positions of this kind; export with --to half or --to official")
     block = encoder.blocks[0]
     return dict(img_size=encoder.img_size, patch_size=encoder.patch_size, embed_dim=encoder.embed_dim, depth=len(encoder.blocks),
-                num_heads=block.attn.num_heads, mlp_ratio=block.mlp.fc1.out_features / encoder.embed_dim, num_classes=0,
+                num_heads=block.attn.num_heads, mlp_ratio=block.mlp.fc1.out_features / encoder.embed_dim, num_classes=0, class_token=encoder.cls_token is not None,
                 global_pool="", final_norm=isinstance(encoder.norm, nn.LayerNorm))
 
 
@@ -221,5 +227,5 @@ def export_model(run: str | Path, to: str, out: str | Path) -> str:
         save_model(out, model.half(), config, {k: v for k, v in about.items() if k not in ("method", "config")})
         return f"from mae_repro.methods.catalogue import open_model\nmodel, config = open_model({str(out)!r})"
     about = json.dumps({"method": method_name(config), "config": asdict(config)})
-    torch.save({"model": type(config).published_keys.to_published(model.state_dict()), "mae_repro": about}, out)
+    torch.save({"model": type(config).to_published(model.state_dict()), "mae_repro": about}, out)
     return f"import torch\nstate = torch.load({str(out)!r}, weights_only=True)['model']  # names of {method_name(config)}'s published code"

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['CrossMAE']
 
-# %% ../../nbs/methods/11_crossmae.ipynb #8bfd97c0
+# %% ../../nbs/methods/11_crossmae.ipynb #d611ced6
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from .mae import DECODER_KEYS, ENCODER_KEYS, sizes_of
+from .mae import DECODER_KEYS, ENCODER_KEYS, block_keys, sizes_of
 from ..parts.decoders import ReadoutDecoder, map_numbers
 from ..parts.model import MaskedAutoencoder, ModelConfig, PixelTarget, initialise_mae
 from ..parts.weights import KeyMap
 
-# %% ../../nbs/methods/11_crossmae.ipynb #9386c049
+# %% ../../nbs/methods/11_crossmae.ipynb #f1fd0cbd
 @dataclass(frozen=True)
 class CrossMAE(ModelConfig):
     "CrossMAE (Fu et al. 2025): a share of the hidden patches, each read out by cross-attention from a mix of encoder blocks."
@@ -37,7 +37,8 @@ class CrossMAE(ModelConfig):
     "self-attention among predicted mask tokens in each decoder block (Table 3a)"
 
     published_keys: ClassVar[KeyMap] = KeyMap((("wfm.projections.", "decoder.mix.projections."),) + ENCODER_KEYS + DECODER_KEYS
-                                              + (("dec_norms.", "decoder.memory_norms."),))
+                                              + (("dec_norms.", "decoder.memory_norms."),) + block_keys("decoder_blocks", norm_self="norm0",
+                                              self_attn="self_attn", norm_cross="norm1", cross_attn="cross_attn", norm_mlp="norm2", mlp="mlp"))
 
     def build(self) -> MaskedAutoencoder:
         "The model, initialised as published. ValueError for sizes that do not fit."
@@ -75,8 +76,8 @@ class CrossMAE(ModelConfig):
         return cls(**sizes, inter_block=maps > 0, mix_input=maps > sizes["depth"], self_attention="decoder_blocks.0.self_attn.qkv.weight" in state)
 
     @classmethod
-    def adapt(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        "CrossMAE's code never adds the class row of `pos_embed`; ours adds it, so it becomes zero."
+    def to_ours(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        "Published tensors in our names. CrossMAE's code never adds the class row of `pos_embed`; ours adds it, so it becomes zero."
         table = state["pos_embed"].clone()
         table[:, 0] = 0
-        return state | {"pos_embed": table}
+        return super().to_ours(state | {"pos_embed": table})

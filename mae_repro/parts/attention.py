@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['attend', 'attention_weights', 'split_heads', 'merge_heads', 'Attention', 'CrossAttention']
 
-# %% ../../nbs/parts/04_attention.ipynb #41a35d9c
+# %% ../../nbs/parts/04_attention.ipynb #5e94b0c8
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-# %% ../../nbs/parts/04_attention.ipynb #dd5a96a3
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    "Scaled dot-product attention, fused: q (B, h, t, d), k and v (B, h, s, d) -> (B, h, t, d). Scale 1/sqrt(d)."
-    return F.scaled_dot_product_attention(q, k, v)
+from .positions import Rotation, rotate
+
+# %% ../../nbs/parts/04_attention.ipynb #42dccd21
+def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.) -> Tensor:
+    "Scaled dot-product attention, fused: q (B, h, t, d), k and v (B, h, s, d) -> (B, h, t, d). Scale 1/sqrt(d); `dropout` of the weights."
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
@@ -30,7 +32,7 @@ def merge_heads(x: Tensor) -> Tensor:
     "The inverse of `split_heads`."
     return rearrange(x, "b h t d -> b t (h d)")
 
-# %% ../../nbs/parts/04_attention.ipynb #0a456709
+# %% ../../nbs/parts/04_attention.ipynb #36f3184d
 def _heads(dim: int, num_heads: int) -> int:
     if dim % num_heads:
         raise ValueError(f"width {dim} is not a multiple of num_heads {num_heads}")
@@ -38,41 +40,46 @@ def _heads(dim: int, num_heads: int) -> int:
 
 
 class Attention(nn.Module):
-    "Self-attention over (B, t, dim) with timm's parameter names `qkv` (rows: all q, all k, all v) and `proj`, all with bias."
-    def __init__(self, dim: int, num_heads: int):
+    """Self-attention over (B, t, dim) with timm's parameter names `qkv` (rows: all q, all k, all v) and `proj`, all with bias.
+
+    dropout: of attention weights, in training."""
+    def __init__(self, dim: int, num_heads: int, dropout: float = 0.):
         super().__init__()
-        self.num_heads = _heads(dim, num_heads)
+        self.num_heads, self.dropout = _heads(dim, num_heads), dropout
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        "Queries, keys and values (B, h, t, d) of tokens (B, t, dim)."
-        return tuple(split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
+    def project(self, x: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        "Queries, keys and values (B, h, t, d) of tokens (B, t, dim); `rotation` turns queries and keys by their places."
+        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
+        return rotate(q, rotation), rotate(k, rotation), v
 
-    def forward(self, x: Tensor, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, rotation: Rotation | None = None, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         "Tokens (B, t, dim) -> the same shape; with return_weights also the attention (B, h, t, t)."
-        q, k, v = self.project(x)
-        out = self.proj(merge_heads(attend(q, k, v)))
+        q, k, v = self.project(x, rotation)
+        out = self.proj(merge_heads(attend(q, k, v, self.dropout if self.training else 0.)))
         return (out, attention_weights(q, k)) if return_weights else out
 
 
 class CrossAttention(nn.Module):
     """Queries of width `dim` read a memory of width `memory_dim`; parameters `q`, `kv` (rows: all k, all v), `proj`, all with bias.
 
-    As in CrossMAE's decoder, the projection from the encoder's width to the decoder's happens in `kv`."""
-    def __init__(self, dim: int, num_heads: int, memory_dim: int | None = None):
+    As in CrossMAE's decoder, the projection from the encoder's width to the decoder's happens in `kv`. dropout: of attention weights, in training."""
+    def __init__(self, dim: int, num_heads: int, memory_dim: int | None = None, dropout: float = 0.):
         super().__init__()
-        self.num_heads = _heads(dim, num_heads)
+        self.num_heads, self.dropout = _heads(dim, num_heads), dropout
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(memory_dim or dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def project(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        "Queries (B, h, t, d) of x (B, t, dim), keys and values (B, h, s, d) of memory (B, s, memory_dim)."
-        return tuple(split_heads(part, self.num_heads) for part in (self.q(x), *self.kv(memory).chunk(2, dim=-1)))
+    def project(self, x: Tensor, memory: Tensor, rotation: Rotation | None = None, memory_rotation: Rotation | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        "Queries (B, h, t, d) of x (B, t, dim), keys and values (B, h, s, d) of memory (B, s, memory_dim); rotations turn queries and keys by their places."
+        q, k, v = (split_heads(part, self.num_heads) for part in (self.q(x), *self.kv(memory).chunk(2, dim=-1)))
+        return rotate(q, rotation), rotate(k, memory_rotation), v
 
-    def forward(self, x: Tensor, memory: Tensor, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, memory: Tensor, rotation: Rotation | None = None, memory_rotation: Rotation | None = None,
+                return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         "x (B, t, dim), memory (B, s, memory_dim) -> (B, t, dim); with return_weights also the attention (B, h, t, s)."
-        q, k, v = self.project(x, memory)
-        out = self.proj(merge_heads(attend(q, k, v)))
+        q, k, v = self.project(x, memory, rotation, memory_rotation)
+        out = self.proj(merge_heads(attend(q, k, v, self.dropout if self.training else 0.)))
         return (out, attention_weights(q, k)) if return_weights else out

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'take', 'take_patches', 'PatchEmbed', 'Mlp', 'Block', 'Encoder', 'Seen', 'places', 'encode_views']
 
-# %% ../../nbs/parts/05_encoder.ipynb #e63bd3bb
+# %% ../../nbs/parts/05_encoder.ipynb #b9528288
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import Attention
 from .masking import Masks
 from .patches import grid_size
-from .positions import interpolate_positions, sincos_positions
+from .positions import GridRotation, Rotation, interpolate_positions, sincos_positions
 
 # %% ../../nbs/parts/05_encoder.ipynb #c41dbe20
 def take(x: Tensor, ids: Tensor) -> Tensor:
@@ -48,15 +48,15 @@ class PatchEmbed(nn.Module):
             patches = take_patches(images, ids, self.patch_size, order="c p1 p2")
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
-# %% ../../nbs/parts/05_encoder.ipynb #3a7b6967
+# %% ../../nbs/parts/05_encoder.ipynb #d3f992e2
 class Mlp(nn.Module):
-    "dim -> hidden -> dim with exact (erf) GELU; parameters `fc1`, `fc2`."
-    def __init__(self, dim: int, hidden: int):
+    "dim -> hidden -> dim with exact (erf) GELU; parameters `fc1`, `fc2`; dropout of the hidden numbers, in training."
+    def __init__(self, dim: int, hidden: int, dropout: float = 0.):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.fc1, self.fc2, self.drop = nn.Linear(dim, hidden), nn.Linear(hidden, dim), nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.drop(F.gelu(self.fc1(x))))
 
 
 class Block(nn.Module):
@@ -68,11 +68,11 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), rotation)
         return x + self.mlp(self.norm2(x))
 
-# %% ../../nbs/parts/05_encoder.ipynb #2e5dc629
+# %% ../../nbs/parts/05_encoder.ipynb #350edccb
 SIZES = {  # embed_dim, depth, num_heads
     "Ti": dict(embed_dim=192, depth=12, num_heads=3), "S": dict(embed_dim=384, depth=12, num_heads=6),
     "B": dict(embed_dim=768, depth=12, num_heads=12), "L": dict(embed_dim=1024, depth=24, num_heads=16),
@@ -83,17 +83,18 @@ class Encoder(nn.Module):
     """Vision Transformer on visible tokens, with timm's parameter names and fixed sin-cos positions.
 
     img_size: side or (H, W) whose position table is stored; other sizes interpolate it. final_norm False leaves `norm` out
-    (CrossMAE with mixed feature maps has none). ValueError if a side of img_size is not a multiple of patch_size."""
-    num_prefix_tokens = 1
-
-    def __init__(self, img_size: int | tuple[int, int] = 224, patch_size: int = 16, embed_dim: int = 768, depth: int = 12,
-                 num_heads: int = 12, mlp_ratio: float = 4., norm_eps: float = 1e-6, final_norm: bool = True):
+    (CrossMAE with mixed feature maps has none). class_token False: no cls (CroCo). rotary: rotary positions in every block instead of the table
+    (CroCo v2). ValueError if a side of img_size is not a multiple of patch_size."""
+    def __init__(self, img_size: int | tuple[int, int] = 224, patch_size: int = 16, embed_dim: int = 768, depth: int = 12, num_heads: int = 12,
+                 mlp_ratio: float = 4., norm_eps: float = 1e-6, final_norm: bool = True, class_token: bool = True, rotary: GridRotation | None = None):
         super().__init__()
+        self.num_prefix_tokens, self.rotary, self.head_dim = int(class_token), rotary, embed_dim // num_heads
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         self.patch_size, self.embed_dim, self.grid = patch_size, embed_dim, grid_size(self.img_size, patch_size)
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.register_buffer("pos_embed", sincos_positions(embed_dim, self.grid)[None].to(self.cls_token.device))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+        device = self.patch_embed.proj.weight.device
+        self.register_buffer("pos_embed", None if rotary else sincos_positions(embed_dim, self.grid, self.num_prefix_tokens)[None].to(device))
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, norm_eps) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, norm_eps) if final_norm else nn.Identity()
         self.checkpointing = False
@@ -103,11 +104,21 @@ class Encoder(nn.Module):
         self.checkpointing = enable
 
     def embed(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
-        "Tokens (B, 1 + k, D) that enter the first block: cls, then the patches `ids` (B, k) with their positions."
-        pos = interpolate_positions(self.pos_embed, self.grid, grid_size(images.shape[-2:], self.patch_size))
-        x, where = self.patch_embed(images, ids), pos[:, 1:]
-        x = x + (where if ids is None else take(where.expand(len(x), -1, -1), ids))
-        return torch.cat([(self.cls_token + pos[:, :1]).expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        "Tokens (B, prefix + k, D) that enter the first block: cls, then the patches `ids` (B, k) with their positions."
+        x, prefix, first = self.patch_embed(images, ids), self.num_prefix_tokens, self.cls_token
+        if self.pos_embed is not None:
+            pos = interpolate_positions(self.pos_embed, self.grid, grid_size(images.shape[-2:], self.patch_size), prefix)
+            where = pos[:, prefix:]
+            x = x + (where if ids is None else take(where.expand(len(x), -1, -1), ids))
+            first = first + pos[:, :1] if prefix else None
+        return torch.cat([first.expand(len(x), -1, -1).to(x.dtype), x], dim=1) if prefix else x
+
+    def rotation(self, images: Tensor, ids: Tensor | None = None) -> Rotation | None:
+        "How the blocks turn the tokens of these patches; None if positions were added."
+        if self.rotary is None:
+            return None
+        turn = self.rotary(self.head_dim, grid_size(images.shape[-2:], self.patch_size), self.num_prefix_tokens, images.device)
+        return turn if ids is None else turn.take(F.pad(ids + 1, (1, 0)) if self.num_prefix_tokens else ids)
 
     def forward(self, images: Tensor, ids: Tensor | None = None, maps: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
         """images (B, 3, H, W), ids (B, k) visible patches or None for all -> tokens (B, 1 + k, D) after the final norm, and `maps`.
@@ -116,16 +127,16 @@ class Encoder(nn.Module):
         and the tokens are those of the last block that ran. ValueError if a map does not exist."""
         if maps and not 0 <= min(maps) <= max(maps) <= len(self.blocks):
             raise ValueError(f"maps {tuple(maps)} must lie in 0..{len(self.blocks)} for an encoder of depth {len(self.blocks)}")
-        x = self.embed(images, ids)
+        x, rotation = self.embed(images, ids), self.rotation(images, ids)
         found = [x] if 0 in maps else []
         for i, block in enumerate(self.blocks[:max(maps)] if maps else self.blocks):
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+            x = checkpoint(block, x, rotation, use_reentrant=False) if self.checkpointing and self.training else block(x, rotation)
             if i + 1 in maps:
                 found.append(x)
         return self.norm(x), found
 
     def forward_features(self, images: Tensor) -> Tensor:
-        "All tokens (B, 1 + L, D) of whole images, cls first, after the final norm."
+        "All tokens (B, prefix + L, D) of whole images, cls first if there is one, after the final norm."
         return self(images)[0]
 
     def get_intermediate_layers(self, images: Tensor, n: int | list[int] = 1, reshape: bool = False,
@@ -133,14 +144,16 @@ class Encoder(nn.Module):
         """Patch tokens (B, L, D) of the last `n` blocks, or of the blocks listed in `n`; the signature of DINOv2 and timm.
 
         reshape: (B, D, gh, gw) instead. return_class_token: pairs (patches, cls (B, D)). norm: apply the final norm to each.
-        ValueError for a block that does not exist."""
-        depth, (gh, gw) = len(self.blocks), grid_size(images.shape[-2:], self.patch_size)
+        ValueError for a block that does not exist, or for a class token of an encoder that has none."""
+        depth, prefix, (gh, gw) = len(self.blocks), self.num_prefix_tokens, grid_size(images.shape[-2:], self.patch_size)
+        if return_class_token and not prefix:
+            raise ValueError("return_class_token: this encoder has no class token")
         wanted = range(depth - n, depth) if isinstance(n, int) else [i + depth if i < 0 else i for i in n]
         if not wanted or not all(0 <= i < depth for i in wanted):
             raise ValueError(f"n {n} asks for blocks that an encoder of depth {depth} does not have")
         chosen = sorted(wanted)
         out = [self.norm(x) if norm else x for x in self(images, maps=tuple(i + 1 for i in chosen))[1]]
-        patches = [rearrange(x[:, 1:], "b (gh gw) d -> b d gh gw", gh=gh, gw=gw) if reshape else x[:, 1:] for x in out]
+        patches = [rearrange(x[:, prefix:], "b (gh gw) d -> b d gh gw", gh=gh, gw=gw) if reshape else x[:, prefix:] for x in out]
         return tuple(zip(patches, [x[:, 0] for x in out])) if return_class_token else tuple(patches)
 
 # %% ../../nbs/parts/05_encoder.ipynb #4aba1568

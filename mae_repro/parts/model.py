@@ -124,7 +124,7 @@ def initialise_mae(model: nn.Module) -> nn.Module:
             nn.init.normal_(parameter, std=.02)
     return model
 
-# %% ../../nbs/parts/07_model.ipynb #78686546
+# %% ../../nbs/parts/07_model.ipynb #d32fe82e
 @dataclass(frozen=True)
 class ModelConfig:
     "The fields that every method shares; the defaults are ViT-B/16 at 224 pixels with MAE's decoder."
@@ -168,6 +168,21 @@ class ModelConfig:
         if self.masking == "block":
             return BlockMasking(self.mask_ratio, predict=prediction_ratio)
         return RandomMasking((self.mask_ratio,), (prediction_ratio,))
+
+    @property
+    def num_views(self) -> int:
+        "Views of a sample: 1, or a target and its anchors."
+        return 1
+
+    @classmethod
+    def to_ours(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        "Tensors under the authors' names to ours; a method whose code treats a tensor differently overrides this."
+        return cls.published_keys.to_ours(state)
+
+    @classmethod
+    def to_published(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        "The way back; `state` may hold some of the tensors only."
+        return cls.published_keys.to_published(state)
 
     def decoder_sizes(self) -> dict:
         "Keyword arguments that the decoders share."
