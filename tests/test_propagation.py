@@ -15,8 +15,8 @@ from safetensors import safe_open
 from scipy.io import savemat
 
 from mae_repro.evaluation.propagation import (PatchPixels, Propagator, at_size, boundary, class_iou, confusion, contour_accuracy, davis_statistics, frame_features,
-                                              frame_scores, joint_maps, joint_places, mean_iou, pck, pck_counts, pixel_labels, propagate, region_similarity, to_pixels)
-from mae_repro.evaluation.video_data import Truth, input_size, open_videos, prepare_frame, prepare_labels, read_frame, read_ids
+                                              frame_scores, mean_iou, pck, pck_counts, pixel_labels, propagate, region_similarity)
+from mae_repro.evaluation.video_data import (Truth, input_size, joint_maps, joint_places, open_videos, prepare_frame, prepare_labels, read_frame, read_ids, to_pixels)
 from mae_repro.evaluation.video_tasks import TaskConfig, colour_table, copy_first, fingerprint, format_table, run_task, score_davis_predictions
 from mae_repro.parts.encoder import Encoder
 from mae_repro.parts.weights import UserError, load_into
@@ -198,7 +198,7 @@ def propagate_loop(features, labels, topk, radius, queue, temperature, protocol=
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("case", [dict(topk=7, radius=2.5, queue=3), dict(topk=4, radius=1, queue=0), dict(topk=30, radius=1, queue=2), dict(topk=1, radius=20, queue=20),
+@pytest.mark.parametrize("case", [dict(topk=7, radius=2.5, queue=3), dict(topk=4, radius=1, queue=0), dict(topk=30, radius=1, queue=2), dict(topk=1, radius=20, queue=6),
                                   dict(topk=60, radius=1.5, queue=1), dict(topk=5, radius=math.inf, queue=2)])
 @pytest.mark.parametrize("chunk", [2**28, 1])
 def test_fast_equals_loop(case, chunk):
@@ -635,6 +635,8 @@ def test_files_that_are_damaged(tmp_path):
 def test_settings_that_cannot_work(tmp_path, change, words):
     with pytest.raises(UserError, match=words):
         run_task(PatchPixels(8), "davis", davis(tmp_path), None, replace(SMALL, **change), **quiet)
+    with pytest.raises(UserError, match="limit 0"):
+        run_task(PatchPixels(8), "davis", tmp_path, None, SMALL, limit=0, **quiet)
     with pytest.raises(UserError, match="davis only"):
         TaskConfig(scored_at="input").resolve("vip")
 
@@ -644,6 +646,15 @@ def test_table_9_is_the_default():
     assert [tuple(getattr(TaskConfig().resolve(task), k) for k in keys) for task in ("davis", "vip", "jhmdb")] == [
         (7, 20, 20, .7, (480, 880)), (10, 20, 20, .7, (880,)), (7, 20, 20, .7, (320, 320))]
     assert [input_size((880,), size) for size in ((1080, 1920), (1920, 1080), (500, 500))] == [(448, 880), (880, 448), (880, 832)]
+
+
+def test_rendered_scenes_can_be_read(tmp_path):
+    from mae_repro.views.layouts import write_layout
+    for task in ("davis", "vip", "jhmdb"):
+        write_layout(task, tmp_path / task, num=2, num_frames=3, size=(64, 96))
+        result = run_task(PatchPixels(8), task, tmp_path / task, None, SMALL, **quiet)
+        assert result.videos == 2 and result.frames == 6 and all(math.isfinite(s) for s in result.scores.values())
+        assert "no propagation" in format_table(copy_first(task, tmp_path / task, config=replace(SMALL, save=()), **quiet))
 
 
 # ---- real videos

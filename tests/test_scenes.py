@@ -14,7 +14,8 @@ import scipy.io
 from PIL import Image
 
 from mae_repro.parts.weights import UserError
-from mae_repro.views import scenes
+from mae_repro.views import layouts, scenes
+from mae_repro.views.layouts import LAYOUTS, davis_palette, objects, write_layout
 from mae_repro.views.photos import Pixels
 from mae_repro.views.scenes import FIGURE, JOINTS, PARTS, Scenes, cast, correspondences, make_world, render, warp
 
@@ -357,3 +358,156 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("MAE_REPRO_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="MAE_REPRO_CACHE"):
         Scenes(**SMALL)
+
+
+# layouts on disk
+
+SHORT = dict(num=2, num_frames=3, size=(48, 64), seed=5, supersample=1)
+FILES = {
+    "davis": ["ImageSets/2017/val.txt", *[f"{kind}/480p/scene-00{i}/0000{t}.{end}" for kind, end in (("JPEGImages", "jpg"), ("Annotations", "png")) for i in (0, 1) for t in range(3)]],
+    "vip": ["lists/val_videos.txt", *[f"{kind}/videos{i}/{t:012d}.{end}" for kind, end in (("Images", "jpg"), ("Annotations/Category_ids", "png")) for i in (1, 2) for t in (1, 2, 3)]],
+    "jhmdb": ["splits/walk_test_split1.txt", *[f"joint_positions/walk/scene_00{i}/joint_positions.mat" for i in (0, 1)], *[f"Rename_Images/walk/scene_00{i}/0000{t}.png" for i in (0, 1) for t in (1, 2, 3)]],
+    "bag": [f"bag-000{i}/{name}.png" for i in (0, 1) for name in ("real", "gen_1", "gen_2")],
+    "scene": [f"scene-00{i}/{name}" for i in (0, 1) for name in ["cameras.json", *[f"{kind}/0000{t}.png" for kind in ("images", "depth", "masks") for t in range(3)]]],
+}
+
+
+def tree(root):
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def truth(i):
+    return render((5, i), 3, (48, 64), supersample=1)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    root = tmp_path_factory.mktemp("layouts")
+    return {layout: (root / layout, write_layout(layout, root / layout, **SHORT)) for layout in LAYOUTS}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_files_summary_and_same_bytes_again(layout, written, tmp_path):
+    out, summary = written[layout]
+    assert sorted(tree(out)) == sorted(FILES[layout])
+    listing = LAYOUTS[layout].listing
+    assert summary == dict(layout=layout, out=str(out), sequences=2, frames=6, size=[48, 64], list=str(out / listing) if listing else None)
+    json.dumps(summary)
+    (tmp_path / "empty").mkdir()
+    write_layout(layout, str(tmp_path / "empty"), **SHORT)
+    assert tree(tmp_path / "empty") == tree(out)
+
+
+def test_davis(written):
+    out, _ = written["davis"]
+    assert (out / "ImageSets/2017/val.txt").read_text() == "scene-000\nscene-001\n"
+    assert davis_palette()[:12] == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0] and davis_palette()[3 * 8:3 * 9] == [64, 0, 0] and davis_palette()[-3:] == [224, 224, 192]
+    for i in (0, 1):
+        s = truth(i)
+        masks = [Image.open(out / f"Annotations/480p/scene-00{i}/0000{t}.png") for t in range(3)]
+        assert all(m.mode == "P" and m.getpalette()[:24] == davis_palette()[:24] for m in masks)
+        ids = np.stack([np.asarray(m) for m in masks])
+        assert (ids == objects(s)).all()
+        assert np.unique(ids[0]).tolist() == list(range(ids.max() + 1)) and ids.max() >= 3
+        assert all(len(np.unique(s.ids[ids == k])) == 1 for k in range(1, ids.max() + 1))
+        image = np.asarray(Image.open(out / f"JPEGImages/480p/scene-00{i}/00002.jpg")).astype(float)
+        assert np.abs(image - s.images[2].transpose(1, 2, 0)).mean() < 9  # chroma is halved, and there is much of it in a small picture
+
+
+def test_things_that_enter_later_are_background():
+    s = render((5, 0), 2, 32)
+    ids = np.array(s.ids)
+    ids[0][ids[0] == 2] = 0
+    ids[0, 0, 0] = 2
+    masks = objects(scenes.Scene(**{**s.__dict__, "ids": ids}))
+    assert not masks[1][ids[1] == 2].any() and set(np.unique(masks)) == set(range(masks.max() + 1))
+
+
+def test_vip(written):
+    out, _ = written["vip"]
+    assert (out / "lists/val_videos.txt").read_text() == "videos1\nvideos2\n"
+    label = Image.open(out / "Annotations/Category_ids/videos2/000000000003.png")
+    assert label.mode == "L" and (np.asarray(label) == truth(1).parts[2]).all() and np.asarray(label).max() < 20
+    assert sorted(p.stem for p in (out / "Images/videos1").iterdir()) == sorted(p.stem for p in (out / "Annotations/Category_ids/videos1").iterdir())
+
+
+def test_jhmdb(written):
+    out, _ = written["jhmdb"]
+    pos = scipy.io.loadmat(out / "joint_positions/walk/scene_001/joint_positions.mat")["pos_img"]
+    assert pos.shape == (2, 15, 3) and pos.dtype == np.float64
+    assert np.allclose(pos.transpose(2, 1, 0) - 1, truth(1).keypoints)
+    assert (np.asarray(Image.open(out / "Rename_Images/walk/scene_001/00003.png")) == truth(1).images[2].transpose(1, 2, 0)).all()
+    assert [name for name, *_ in JOINTS] == ["neck", "belly", "face", "right shoulder", "left shoulder", "right hip", "left hip", "right elbow", "left elbow", "right knee",
+                                             "left knee", "right wrist", "left wrist", "right ankle", "left ankle"]
+
+
+def test_bag(written):
+    out, _ = written["bag"]
+    found = [np.asarray(Image.open(out / f"bag-0000/{name}.png")) for name in ("gen_1", "real", "gen_2")]
+    assert (np.stack(found) == truth(0).images.transpose(0, 2, 3, 1)).all()
+
+
+def test_scene(written):
+    out, _ = written["scene"]
+    s, about = truth(1), json.loads((out / "scene-001/cameras.json").read_text())
+    assert {"scene", "convention", "units", "depth_scale", "pose_source", "views"} == set(about) and "OpenCV" in about["convention"] and "/ 1000" in about["depth_scale"]
+    for t, view in enumerate(about["views"]):
+        assert (view["width"], view["height"]) == (64, 48)
+        assert np.array_equal(view["K"], s.K) and np.array_equal(view["R"], s.R[t]) and np.array_equal(view["t"], s.t[t])
+        depth = Image.open(out / "scene-001" / view["depth"])
+        assert depth.mode.startswith("I") and np.abs(np.asarray(depth) / 1000 - s.depth[t]).max() < 6e-4
+        assert (np.asarray(Image.open(out / "scene-001" / view["mask"])) == s.ids[t]).all()
+        assert (np.asarray(Image.open(out / "scene-001" / view["file"])) == s.images[t].transpose(1, 2, 0)).all()
+
+
+def test_nothing_of_the_users_is_overwritten(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    for out, message in ((tmp_path, "not empty"), (tmp_path / "mine", "a file")):
+        with pytest.raises(UserError, match=message):
+            write_layout("davis", out, **SHORT)
+    assert tree(tmp_path) == {"mine": b"mine"}
+
+
+@pytest.mark.parametrize("wrong, message", [(dict(layout="coco"), "choose one of davis, vip"), (dict(num=0), "num 0"), (dict(num_frames=0), "num_frames 0"), (dict(size=2), "size"),
+                                            (dict(seed=-3), "seed -3"), (dict(layout="bag", num_frames=1), "2 frames or more")])
+def test_bad_layouts(tmp_path, wrong, message):
+    with pytest.raises(UserError, match=message):
+        write_layout(**{"layout": "davis", "out": tmp_path / "out", **SHORT, **wrong})
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_a_stop_leaves_whole_sequences_only(tmp_path, monkeypatch):
+    real, written = Path.write_bytes, []
+
+    def full(path, data):
+        written.append(path)
+        if len(written) == 9:  # in the second sequence of three
+            raise OSError(28, "No space left on device", str(path))
+        return real(path, data)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="No space left") as error:
+        write_layout("davis", tmp_path / "out", **{**SHORT, "num": 3})
+    assert "\n" not in str(error.value)
+    monkeypatch.undo()
+    assert sorted(tree(tmp_path / "out")) == sorted(f for f in FILES["davis"] if "scene-001" not in f)
+    assert (tmp_path / "out/ImageSets/2017/val.txt").read_text() == "scene-000\n"
+
+
+def test_a_kill_between_the_two_folders_of_a_sequence_is_not_listed(tmp_path, monkeypatch):
+    real, moved = os.replace, []
+
+    def stop(source, target):
+        moved.append(target)
+        if len(moved) == 5:  # the second sequence's pictures
+            raise KeyboardInterrupt
+        real(source, target)
+    monkeypatch.setattr(layouts.os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_layout("davis", tmp_path / "out", **SHORT)
+    assert (tmp_path / "out/ImageSets/2017/val.txt").read_text() == "scene-000\n" and not (tmp_path / "out/JPEGImages/480p/scene-001").exists()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        write_layout("vip", tmp_path / "file" / "below", **SHORT)

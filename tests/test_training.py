@@ -25,6 +25,7 @@ from mae_repro.training import checkpoints as C
 from mae_repro.training import pretrain as P
 from mae_repro.training.optimisation import adamw, cosine_lr, parameter_groups, peak_lr, set_lr
 from mae_repro.training.config import Config, config_from_dict, config_to_dict, replace_in, validate
+from mae_repro.training.data import ViewsConfig
 from mae_repro.training.recipes import RECIPES, recipe, recipe_table
 
 SHARED = Path(os.environ.get("MAE_REPRO_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -86,13 +87,35 @@ def test_every_recipe_constructs_validates_and_round_trips(name):
 
 def test_recipes_are_the_published_ones():
     for name in RECIPES:
-        if "-vit" in name:
+        if "-vit" in name and name.startswith(("mae", "crossmae")):
             o = recipe(name).optim
             assert (o.batch_size, o.base_lr, o.weight_decay, o.betas) == (4096, 1.5e-4, .05, (.9, .95)) and recipe(name).method.norm_pix_loss
             assert o.warmup_epochs == (40 if o.epochs == 800 else 20)
     assert recipe("crossmae-vitb16").method.decoder_depth == 12 and recipe("mae-vith14").method.patch_size == 14
     assert recipe("crossmae-vitb16-448").method.img_size == 448 and recipe("crossmae-vitb16-448").optim.epochs == 400
     assert {row["recipe"] for row in recipe_table()} == set(RECIPES)
+
+
+def test_cross_view_recipes_are_the_published_ones():
+    "facts of the authors' scripts and of CDG-MAE's Table 8: effective learning rate, length, warm-up, who is hidden, which crops."
+    from mae_repro.training.optimisation import peak_lr
+    published = {"cropmae-vits16": (8e-4, 400, 20, .985, 1, 0), "cropmae-vits16-cdg": (1.2e-3, 100, 5, .985, 1, 0), "siammae-vits16": (1.2e-3, 2000, 100, .95, 1, 0),
+                 "cdgmae-a1": (1.2e-3, 100, 5, .9, 1, 0), "cdgmae-a2": (1.2e-3, 100, 5, .9, 2, .5), "cdgmae-a3": (1.2e-3, 100, 5, .9, 3, .25)}
+    for name, (lr, epochs, warmup, hidden, anchors, hidden_anchor) in published.items():
+        c = recipe(name)
+        assert math.isclose(peak_lr(c), lr) and (c.optim.epochs, c.optim.warmup_epochs, c.optim.batch_size) == (epochs, warmup, 2048)
+        m = c.method
+        assert (m.mask_ratio, m.num_anchors, m.anchor_mask_ratio, m.decoder_mlp_dim, m.decoder_dropout) == (hidden, anchors, hidden_anchor, 2048, .1)
+        assert (m.decoder_embed_dim, m.decoder_depth, m.decoder_num_heads) == (256, 4, 8) and m.norm_pix_loss and not m.decoder_pre_norm
+        assert c.views.ratio == (3 / 4, 4 / 3) and (c.views.gap, c.views.together) == ((4, 48), 1)
+    assert recipe("cropmae-vits16").views.strategy == "GlobalToLocal" and recipe("cropmae-vits16-cdg").views.strategy == "LocalToGlobal"
+    assert recipe("cropmae-vits16-cdg").views.local_scale == (.3, .6) and recipe("cropmae-vits16-cdg").views.scale == (.1, 1.)
+    assert [recipe(f"siammae-{s}").views.source for s in ("tiny", "small", "vits16")] == ["video"] * 3
+    croco = {"croco-v1": (1.5e-4, 800, 400, 40, 256), "croco-v2-vitb-decbase": (3e-4, 250, 125, 12, 512), "croco-v2-vitl-decbase": (3e-4, 250, 125, 12, 512)}
+    for name, (lr, epochs, stop, warmup, batch) in croco.items():
+        c = recipe(name)
+        assert math.isclose(peak_lr(c), lr) and (c.optim.epochs, c.optim.stop_epochs, c.optim.warmup_epochs, c.optim.batch_size) == (epochs, stop, warmup, batch)
+        assert c.views.color_jitter == .4 and not c.views.flip and c.method.mask_ratio == .9
 
 
 def test_unknown_recipe_suggests():
@@ -107,7 +130,20 @@ BAD = [("method.img_size", 225, "--method.img-size 225 is not a multiple of --me
        ("optim.batch_size", 4095, "--optim.batch-size 4095"), ("optim.batch_size", 2_000_000, "larger than the data"), ("optim.epochs", 0, "--optim.epochs"),
        ("optim.base_lr", math.nan, "--optim.base-lr"), ("optim.lr", -1., "--optim.lr"), ("optim.betas", (.9, 1.), "--optim.betas"),
        ("train.accumulate", 0, "--train.accumulate"), ("train.save_every", 0., "--train.save-every"), ("train.seed", -1, "--train.seed"),
-       ("data.workers", -1, "--data.workers"), ("data.repeats", 0, "--data.repeats"), ("views.scale", (.5, .2), "--views.scale")]
+       ("data.workers", -1, "--data.workers"), ("data.repeats", 0, "--data.repeats"), ("views.scale", (.5, .2), "--views.scale"),
+       ("views.gap", (9, 9), "--views.gap"), ("views.source", "neighbour", "--views.embed"), ("optim.stop_epochs", 900, "--optim.stop-epochs"),
+       ("views.color_jitter", 1., "--views.color-jitter")]
+
+
+BAD_ANCHORS = [("views", ViewsConfig(source="neighbour", neighbours=2, embed="x"), "--views.neighbours 2"), ("method.num_anchors", 0, "--method.num-anchors"), ("method.anchor_mask_ratio", 1., "--method.anchor-mask-ratio"), ("method.decoder_dropout", 1., "--method.decoder-dropout"),
+               ("views.source", "crop", "this method needs 4"), ("method.decoder_order", ("cross", "cross"), "--method"), ("method.decoder_mlp_dim", 0, "--method.decoder-mlp-dim")]
+
+
+@pytest.mark.parametrize("field, value, said", BAD_ANCHORS)
+def test_bad_cross_view_configs_name_the_field(field, value, said):
+    with pytest.raises(UserError) as error:
+        validate(replace_in(recipe("cdgmae-a3"), field, value))
+    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("field, value, said", BAD)

@@ -16,23 +16,23 @@ from ..parts.masking import Masks
 from ..parts.model import MaskedAutoencoder, ModelConfig
 from ..training.optimisation import adamw, parameter_groups
 
-# %% ../../nbs/analysis/53_cost.ipynb #430b3927
-def _empty_masks(config: ModelConfig) -> Masks:
-    "Masks on the meta device with the counts that one view of this configuration has."
+# %% ../../nbs/analysis/53_cost.ipynb #f0ec7a4d
+def _empty_masks(config: ModelConfig, model: MaskedAutoencoder) -> Masks:
+    "Masks on the meta device with the counts that one sample of this configuration has."
     gh, gw = config.grid
-    noise = torch.rand(1, 1, gh * gw, device="cpu")
-    masks = config.build_masking(getattr(config, "prediction_ratio", None))(noise, (gh, gw))
+    masks = model.masking(torch.rand(1, config.num_views, gh * gw, device="cpu"), (gh, gw))
     return Masks(masks.hidden.to("meta"), masks.predict.to("meta"), *(tuple(x.to("meta") for x in role) for role in masks[2:]))
 
 
 def forward_gflops(config: ModelConfig) -> dict[str, float]:
-    "GFLOPs (2 a multiply-add, attention included) of one image in pre-training, forward: total, encoder, decoder, as this code computes it."
+    "GFLOPs (2 a multiply-add, attention included) of one sample in pre-training, forward: total, encoder, decoder, as this code computes it."
     from torch.utils.flop_counter import FlopCounterMode
     with torch.device("meta"):
-        model, masks = config.build(), _empty_masks(config)
+        model = config.build()
+        masks = _empty_masks(config, model)
         h, w = model.encoder.img_size
         with FlopCounterMode(display=False) as counter:
-            model.reconstruct(torch.empty(1, 1, 3, h, w), masks)
+            model.reconstruct(torch.empty(1, config.num_views, 3, h, w), masks)
     part = lambda module: sum(counter.get_flop_counts()[type(module).__name__].values()) / 1e9
     return {"total": counter.get_total_flops() / 1e9, "encoder": part(model.encoder), "decoder": part(model.decoder)}
 
@@ -44,7 +44,7 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     count = lambda module: sum(p.numel() for p in module.parameters() if p.requires_grad)
     return {"total": count(model), "encoder": count(model.encoder), "decoder": count(model.decoder)}
 
-# %% ../../nbs/analysis/53_cost.ipynb #d91e1707
+# %% ../../nbs/analysis/53_cost.ipynb #a25e80e6
 @dataclass(frozen=True)
 class Timing:
     "Seconds of one training step in each round, and the images in it."
@@ -73,7 +73,7 @@ class Step:
             self.model.reconstruct = torch.compile(self.model.reconstruct)
         self.optimizer = adamw(parameter_groups(self.model, .05), 1e-4, fused=fused)
         h, w = self.model.encoder.img_size
-        self.views = torch.randn(batch_size, 1, 3, h, w, device=self.device)
+        self.views = torch.randn(batch_size, config.num_views, 3, h, w, device=self.device)
 
     def __call__(self) -> float:
         self._wait()

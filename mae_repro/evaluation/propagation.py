@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROTOCOLS', 'at_size', 'frame_features', 'PatchPixels', 'Propagator', 'propagate', 'pixel_labels',
            'region_similarity', 'boundary', 'contour_accuracy', 'frame_scores', 'davis_statistics', 'confusion',
-           'class_iou', 'mean_iou', 'joint_maps', 'joint_places', 'to_pixels', 'pck_counts', 'pck']
+           'class_iou', 'mean_iou', 'pck_counts', 'pck']
 
 # %% ../../nbs/evaluation/42_propagation.ipynb #e3db0b24
 import math
@@ -272,42 +272,7 @@ def mean_iou(preds: Sequence, truths: Sequence, num_classes: int = 20) -> tuple[
     iou = class_iou(sum(confusion(p, t, num_classes) for p, t in zip(preds, truths)))
     return float(np.nanmean(iou)), iou
 
-# %% ../../nbs/evaluation/42_propagation.ipynb #b0ccada1
-def joint_maps(points: np.ndarray, grid: tuple[int, int], sigma: float = 0.5) -> np.ndarray:
-    """Label maps (gh, gw, 1 + J), float32, of joints (2, J) = (x, y) in patches; channel 0 is 1 where no joint is. A joint outside leaves its channel empty.
-
-    Source: CropMAE's code after Jabri et al.; its rounding towards zero moves joints with a coordinate below 1.5 by one cell and is kept."""
-    points, (gh, gw) = np.asarray(points, dtype=float), grid
-    if points.ndim != 2 or len(points) != 2:
-        raise ValueError(f"points are {points.shape} and must be (2, joints), rows x and y")
-    maps, reach, size = np.zeros((gh, gw, points.shape[1] + 1), dtype=np.float32), 3 * sigma, int(6 * sigma + 1)
-    bump = np.exp(-(np.arange(size) - size // 2) ** 2 / (2 * sigma ** 2))
-    for n, (x, y) in enumerate(points.T, start=1):
-        first, last = (int(x - reach), int(y - reach)), (int(x + reach + 1), int(y + reach + 1))
-        if first[0] >= gw or first[1] >= gh or min(last) < 0:
-            continue
-        (xs, ys) = (slice(max(0, a), min(b, end)) for a, b, end in zip(first, last, (gw, gh)))
-        window = np.outer(bump[ys.start - first[1]:ys.stop - first[1]], bump[xs.start - first[0]:xs.stop - first[0]])
-        maps[ys, xs, n][:window.shape[0], :window.shape[1]] = window
-    maps[..., 0] = (maps[..., 1:].sum(-1) == 0)
-    return maps
-
-
-def joint_places(soft: Tensor, topk: int = 5) -> Tensor:
-    "Joints (2, J) = (x, y) in patches from soft labels (gh, gw, 1 + J): weighted mean of the `topk` strongest places of each; -1 where a map is empty."
-    gh, gw, _ = soft.shape
-    weights, where = rearrange(soft[..., 1:], "gh gw j -> j (gh gw)").topk(min(topk, gh * gw), dim=1)
-    total = weights.sum(1)
-    xy = torch.stack([(weights * axis).sum(1) for axis in (where % gw, where // gw)])
-    return torch.where(total > 0, xy / total.clamp(min=torch.finfo(xy.dtype).tiny), -1.0)
-
-# %% ../../nbs/evaluation/42_propagation.ipynb #b20036fc
-def to_pixels(places: np.ndarray, grid: tuple[int, int], img_size: tuple[int, int]) -> np.ndarray:
-    "Places (2, ...) = (x, y) in patches of a grid (gh, gw) to pixels of an image (H, W), float32; -1 (no prediction) stays negative."
-    scale = np.array([img_size[1] / grid[1], img_size[0] / grid[0]])
-    return (np.asarray(places, dtype=np.float32).T * scale).T.astype(np.float32)
-
-
+# %% ../../nbs/evaluation/42_propagation.ipynb #151f905a
 def pck_counts(pred: np.ndarray, truth: np.ndarray, thresholds: Sequence[float] = (0.1, 0.2)) -> tuple[np.ndarray, np.ndarray]:
     """Joints found (thresholds, J) and joints judged (J,) of one video: `pred`, `truth` (2, J, T) = (x, y) in pixels from 0 (JHMDB counts from 1), pred's x < 0 where nothing was predicted.
 

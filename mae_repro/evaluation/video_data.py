@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Task', 'TASKS', 'IMAGES', 'Video', 'open_videos', 'input_size', 'nearest', 'prepare_frame', 'read_ids',
-           'prepare_labels', 'Truth', 'read_joints', 'read_frame']
+           'prepare_labels', 'Truth', 'read_joints', 'read_frame', 'joint_maps', 'joint_places', 'to_pixels']
 
-# %% ../../nbs/evaluation/43_video_data.ipynb #166d6933
+# %% ../../nbs/evaluation/43_video_data.ipynb #f75b63b8
 import math
 import re
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from ..parts.patches import IMAGENET_MEAN, IMAGENET_STD
 from ..parts.weights import UserError
 from ..views.photos import BrokenImage, load_image
 
-# %% ../../nbs/evaluation/43_video_data.ipynb #2a3df053
+# %% ../../nbs/evaluation/43_video_data.ipynb #4436a407
 Task = Literal["davis", "vip", "jhmdb"]
 TASKS: tuple[Task, ...] = ("davis", "vip", "jhmdb")
 IMAGES = (".jpg", ".jpeg", ".png")
@@ -98,6 +99,8 @@ def open_videos(task: Task, root: str | Path, sequences: Sequence[str] | None = 
 
     UserError naming the path if the folder, a list, frames or annotations are missing, or a name is unknown."""
     root = Path(root)
+    if limit is not None and limit < 1:
+        raise UserError(f"limit {limit} leaves no video: give at least 1")
     if task == "davis":
         lists = ("ImageSets/2017/val.txt", "ImageSets/480p/val.txt", "ImageSets/2016/val.txt", "ImageSets/480p/val_subset.txt")
         videos = _with_masks(_folder(root, "JPEGImages/480p", "JPEGImages"), _folder(root, "Annotations/480p", "Annotations"), sequences or _listed(root, lists))
@@ -223,3 +226,38 @@ def read_frame(video: Video, t: int) -> Image.Image:
         return load_image(video.frames[t])
     except BrokenImage as error:
         raise UserError(f"video {video.name}: {error}") from None
+
+# %% ../../nbs/evaluation/43_video_data.ipynb #eb2d7aa4
+def joint_maps(points: np.ndarray, grid: tuple[int, int], sigma: float = 0.5) -> np.ndarray:
+    """Label maps (gh, gw, 1 + J), float32, of joints (2, J) = (x, y) in patches; channel 0 is 1 where no joint is. A joint outside leaves its channel empty.
+
+    Source: CropMAE's code after Jabri et al.; its rounding towards zero moves joints with a coordinate below 1.5 by one cell and is kept."""
+    points, (gh, gw) = np.asarray(points, dtype=float), grid
+    if points.ndim != 2 or len(points) != 2:
+        raise ValueError(f"points are {points.shape} and must be (2, joints), rows x and y")
+    maps, reach, size = np.zeros((gh, gw, points.shape[1] + 1), dtype=np.float32), 3 * sigma, int(6 * sigma + 1)
+    bump = np.exp(-(np.arange(size) - size // 2) ** 2 / (2 * sigma ** 2))
+    for n, (x, y) in enumerate(points.T, start=1):
+        first, last = (int(x - reach), int(y - reach)), (int(x + reach + 1), int(y + reach + 1))
+        if first[0] >= gw or first[1] >= gh or min(last) < 0:
+            continue
+        (xs, ys) = (slice(max(0, a), min(b, end)) for a, b, end in zip(first, last, (gw, gh)))
+        window = np.outer(bump[ys.start - first[1]:ys.stop - first[1]], bump[xs.start - first[0]:xs.stop - first[0]])
+        maps[ys, xs, n][:window.shape[0], :window.shape[1]] = window
+    maps[..., 0] = (maps[..., 1:].sum(-1) == 0)
+    return maps
+
+
+def joint_places(soft: Tensor, topk: int = 5) -> Tensor:
+    "Joints (2, J) = (x, y) in patches from soft labels (gh, gw, 1 + J): weighted mean of the `topk` strongest places of each; -1 where a map is empty."
+    gh, gw, _ = soft.shape
+    weights, where = rearrange(soft[..., 1:], "gh gw j -> j (gh gw)").topk(min(topk, gh * gw), dim=1)
+    total = weights.sum(1)
+    xy = torch.stack([(weights * axis).sum(1) for axis in (where % gw, where // gw)])
+    return torch.where(total > 0, xy / total.clamp(min=torch.finfo(xy.dtype).tiny), -1.0)
+
+# %% ../../nbs/evaluation/43_video_data.ipynb #744d3a18
+def to_pixels(places: np.ndarray, grid: tuple[int, int], img_size: tuple[int, int]) -> np.ndarray:
+    "Places (2, ...) = (x, y) in patches of a grid (gh, gw) to pixels of an image (H, W), float32; -1 (no prediction) stays negative."
+    scale = np.array([img_size[1] / grid[1], img_size[0] / grid[0]])
+    return (np.asarray(places, dtype=np.float32).T * scale).T.astype(np.float32)

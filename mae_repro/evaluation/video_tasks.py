@@ -7,7 +7,7 @@ __all__ = ['PUBLISHED', 'PCK', 'TaskConfig', 'predict_masks', 'predict_joints', 
            'summarise', 'intervals', 'colour_table', 'overlay', 'filmstrip', 'fingerprint', 'Folder', 'TaskResult',
            'run_task', 'copy_first', 'score_davis_predictions', 'format_table']
 
-# %% ../../nbs/evaluation/45_video_tasks.ipynb #e7476dfd
+# %% ../../nbs/evaluation/45_video_tasks.ipynb #e0596b34
 import csv
 import hashlib
 import json
@@ -25,9 +25,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .propagation import (Propagator, at_size, class_iou, confusion, davis_statistics, frame_features, frame_scores, joint_maps, joint_places,
-                                              pck_counts, pixel_labels, to_pixels)
-from .video_data import TASKS, Task, Truth, Video, input_size, nearest, open_videos, prepare_frame, prepare_labels, read_frame, read_ids, read_joints
+from .propagation import Propagator, at_size, class_iou, confusion, davis_statistics, frame_features, frame_scores, pck_counts, pixel_labels
+from .video_data import (TASKS, Task, Truth, Video, input_size, joint_maps, joint_places, nearest, open_videos, prepare_frame, prepare_labels, read_frame,
+                                             read_ids, read_joints, to_pixels)
 from ..parts.features import encoder_patch_size
 from ..parts.weights import UserError
 from ..views.photos import BrokenImage
@@ -122,7 +122,7 @@ def predict_joints(encoder: nn.Module, video: Video, joints: np.ndarray, config:
     for soft in _soft(at_size(encoder, size), images, labels, config, device):
         yield to_pixels(joint_places(soft).cpu().numpy(), grid, native)
 
-# %% ../../nbs/evaluation/45_video_tasks.ipynb #2cb14349
+# %% ../../nbs/evaluation/45_video_tasks.ipynb #63d4342d
 PCK = (0.1, 0.2)
 
 
@@ -131,7 +131,8 @@ def judge_davis(name: str, preds: Iterable[np.ndarray], truth: Truth) -> dict:
     objects, scores = int(truth[0].max()), []
     for t, pred in enumerate(preds):
         if 0 < t < len(truth) - 1:
-            scores.append(frame_scores(np.asarray(nearest(Image.fromarray(pred), truth[t].shape)), truth[t], objects))
+            ids = truth[t]
+            scores.append(frame_scores(np.asarray(nearest(Image.fromarray(pred), ids.shape)), ids, objects))
     if not scores:
         raise UserError(f"video {name}: {len(truth)} frames are too few, the first and the last are not scored")
     j, f = (davis_statistics(np.stack(s, axis=1)) for s in zip(*scores))
@@ -369,7 +370,7 @@ def run_task(encoder: nn.Module, task: Task, root: str | Path, out: str | Path |
     finally:
         encoder.train(was_training)
 
-# %% ../../nbs/evaluation/45_video_tasks.ipynb #e9c59f8f
+# %% ../../nbs/evaluation/45_video_tasks.ipynb #074ad4b2
 def copy_first(task: Task, root: str | Path, out: str | Path | None = None, config: TaskConfig = TaskConfig(save=()), progress: bool = True,
                limit: int | None = None, sequences: Sequence[str] | None = None) -> TaskResult:
     "The baseline without an encoder: the truth of frame 0 is the prediction for every frame. Arguments and errors as run_task."
@@ -411,8 +412,9 @@ def format_table(result: TaskResult, rows: bool | None = None) -> str:
     size = " x ".join(map(str, config["img_size"]))
     how = {"davis": f"J and F at {'input size, frames and masks resized by nearest pixels' if config['scored_at'] == 'input' else 'the size of the given masks'}; first and last frame left out",
            "vip": "pooled over all frames, the first included", "jhmdb": "unit: 0.6 x diagonal of the box of joints; first frame left out"}[result.task]
-    lines = [f"{result.task}, {result.encoder}: protocol {config['protocol']}, top-k {config['topk']}, radius {config['radius']:g}, queue {config['queue']}, "
-             f"temperature {config['temperature']:g}, input {size}", how]
+    rule = (f"protocol {config['protocol']}, top-k {config['topk']}, radius {config['radius']:g}, queue {config['queue']}, temperature {config['temperature']:g}, input {size}"
+            if result.settings["patch_size"] else "no propagation" + f", input {size}" * (config["scored_at"] == "input"))
+    lines = [f"{result.task}, {result.encoder}: {rule}", how]
     if rows or (rows is None and len(result.rows) <= 70):
         shown = [k for k in result.rows[0] if k not in ("J_recall", "J_decay", "F_recall", "F_decay")]
         cells = [shown] + [[percent(v) if isinstance(v, float) else str(v) for v in map(row.get, shown)] for row in result.rows]

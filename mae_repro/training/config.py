@@ -150,7 +150,7 @@ def _value(hint: Any, value: Any, where: str):
             return value
     raise UserError(f"{where}: {value!r} is not a {hint}")
 
-# %% ../../nbs/training/29_config.ipynb #70442216
+# %% ../../nbs/training/29_config.ipynb #65be68f2
 def validate(config: Config, num_images: int | None = None, processes: int = 1) -> None:
     """UserError naming the first field that cannot work, as typed on the command line, and what to do about it.
 
@@ -262,6 +262,6 @@ def _check_data(config: Config) -> Checks:
     yield "views.source", v.source != "crop" or needed == 1, f"gives one view, and this method needs {needed}: choose crop-pair, video, bag, neighbour or random-pair"
     yield "views.gap", 1 <= v.gap[0] < v.gap[1], "must be two numbers of frames, 1 <= smallest < largest (which is not reached)"
     yield "views.together", v.together > 0, "must be positive"
-    yield "views.neighbours", v.neighbours >= needed - 1 and v.neighbours > 0, f"is too few: this method needs {needed - 1} anchors"
+    yield "views.neighbours", v.source != "neighbour" or v.neighbours >= max(needed - 1, 1), f"is too few: this method needs {needed - 1} anchors"
     yield "views.embed", v.source != "neighbour" or bool(v.embed), "is missing: --views.source neighbour needs an encoder that says which images are alike (a run, a checkpoint, a timm name)"
     yield "views.color_jitter", 0 <= v.color_jitter < 1, "must lie in 0 <= jitter < 1"

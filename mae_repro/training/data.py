@@ -90,7 +90,7 @@ class Jittered:
         change = v2.ColorJitter(self.amount, self.amount, self.amount)
         return torch.stack([change(view) for view in self.source.draw(i)])
 
-# %% ../../nbs/training/28_data.ipynb #200fd787
+# %% ../../nbs/training/28_data.ipynb #299c6166
 BUILT_IN_SAMPLES = 2000
 
 
@@ -143,4 +143,4 @@ def open_views(data: DataConfig, views: ViewsConfig, method, seed: int) -> Views
     "The data set of a training, indexed by (epoch, index), for a method's config; UserError if there is no data where the config says."
     source = open_source(data, views, method.img_size, method.num_views)
     repeats = data.repeats or (1 if data.root else math.ceil(BUILT_IN_SAMPLES / len(source)))
-    return Views(source, method.patch_size, seed, repeats)
+    return Views(source, method.patch_size, seed, repeats, views.together)

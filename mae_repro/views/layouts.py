@@ -6,7 +6,7 @@
 __all__ = ['Folders', 'DEPTH_SCALE', 'LAYOUTS', 'ASIDE', 'davis_palette', 'objects', 'davis', 'vip', 'jhmdb', 'bag', 'posed',
            'Layout', 'write_layout']
 
-# %% ../../nbs/views/27_layouts.ipynb #bf24a246
+# %% ../../nbs/views/27_layouts.ipynb #eb75d0d9
 import io
 import json
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../../nbs/views/27_layouts.ipynb #e29b0353
 from ..parts.weights import UserError

@@ -334,20 +334,21 @@ def _parts(root: Path) -> dict[str, Callable[[], ImageSet]]:
         raise UserError(f"{root} is {'a file, not a folder' if root.exists() else 'missing'}: give the folder that holds the images (--data.root DIR)")
     return _cifar_parts(root) or _npz_parts(root) or _folder_parts(root)
 
-# %% ../../nbs/views/20_photos.ipynb #59b484f3
+# %% ../../nbs/views/20_photos.ipynb #614ef2f8
 @dataclass(frozen=True)
 class SingleCrop:
-    """One random resized crop, bicubic with antialiasing, perhaps mirrored: PIL image -> uint8 (1, 3, H, W). Draws from torch's global generator.
+    """One random resized crop, bicubic (or bilinear) with antialiasing, perhaps mirrored: PIL image -> uint8 (1, 3, H, W). Draws from torch's global generator.
 
     `img_size` pixels, int or (H, W); `scale` the smallest and largest share of the area; `ratio` the range of width / height. MAE appendix A.1; as in the authors' code."""
     img_size: int | tuple[int, int] = 224
     scale: tuple[float, float] = (.2, 1.)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
+    interpolation: str = "bicubic"
 
     @cached_property
     def _crop(self):
-        crop = v2.RandomResizedCrop(_pair(self.img_size), self.scale, self.ratio, v2.InterpolationMode.BICUBIC, antialias=True)
+        crop = v2.RandomResizedCrop(_pair(self.img_size), self.scale, self.ratio, v2.InterpolationMode(self.interpolation), antialias=True)
         return v2.Compose([crop, *[v2.RandomHorizontalFlip()] * self.flip])
 
     def __call__(self, image: Image.Image) -> Tensor:

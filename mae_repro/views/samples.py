@@ -22,7 +22,7 @@ from ..parts.patches import grid_size
 from ..parts.weights import UserError
 from .photos import BrokenImage
 
-# %% ../../nbs/views/25_samples.ipynb #bb6619f4
+# %% ../../nbs/views/25_samples.ipynb #3cb6683d
 PATIENCE = 100  # unreadable images in a row before giving up
 
 
@@ -44,11 +44,13 @@ class Views(Dataset):
 
     An item: views uint8 (V, 3, H, W), noise float32 (V, L) in 0..1, index int, broken str. What the source draws, and the noise, are seeded
     by (seed, epoch, index) and nothing else; the global generator is left as it was.
+    together: as in EpochBatches, whose sample r of item i is number i + r * len.
     An unreadable item is replaced by the next readable one and its name is in `broken`. UserError if 100 in a row, or all, are unreadable."""
     source: Source
     patch_size: int
     seed: int = 0
     repeats: int = 1
+    together: int = 1
 
     def __post_init__(self):
         if self.seed < 0:
@@ -65,7 +67,7 @@ class Views(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = map(int, key)
-        if not 0 <= index < len(self):
+        if not 0 <= index < len(self) * self.together:
             raise IndexError(f"sample {index} of {len(self)}")
         draw_seed, noise_seed = np.random.SeedSequence((self.seed, epoch, index)).generate_state(2, np.uint64).tolist()
         views, broken = self._readable(index % len(self.source), draw_seed)

@@ -6,7 +6,7 @@
 __all__ = ['FIGURE', 'PARTS', 'JOINTS', 'TRIES', 'TILES', 'VERSION', 'World', 'make_world', 'Hits', 'cast', 'Scene', 'render',
            'correspondences', 'warp', 'Scenes']
 
-# %% ../../nbs/views/21_scenes.ipynb #3309bf62
+# %% ../../nbs/views/21_scenes.ipynb #54536187
 import contextlib
 import hashlib
 import os
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../../nbs/views/21_scenes.ipynb #735b6489
 from ..parts.weights import UserError, cache_dir
@@ -174,7 +174,7 @@ def _things(rng: np.random.Generator, u, R, t, spread, num_objects: int) -> dict
                 instance=np.array([0, *[1] * n, *range(2, num_objects + 1)], np.uint8),
                 part=np.array([*range(n + 1), *[n + 1 + b for b in ball[n + 1:]]], np.uint8))
 
-# %% ../../nbs/views/21_scenes.ipynb #ae9c0e95
+# %% ../../nbs/views/21_scenes.ipynb #416b525d
 def _photo(images: ImageSet, i: int) -> Image.Image:
     "Image i or the next that can be decoded."
     for k in range(min(len(images), 100)):
@@ -260,10 +260,10 @@ def _checked(seed, num_frames, size, num_objects) -> tuple[tuple[int, int], tupl
     if not 1 <= num_objects <= 60:
         raise ValueError(f"num_objects {num_objects} must be in 1..60: the puppet is one of them")
     if min(seed) < 0:
-        raise ValueError(f"seed {seed} is negative: give 0 or more")
+        raise ValueError(f"seed {min(seed)} is negative: give 0 or more")
     return size, seed
 
-# %% ../../nbs/views/21_scenes.ipynb #d4649862
+# %% ../../nbs/views/21_scenes.ipynb #00ba3d14
 @dataclass(frozen=True, eq=False)
 class Hits:
     "What rays meet: `depth` float32 (z of the camera), `thing` uint8, `local` float32 (3, ...) the place on the unit cube or ball. All of the rays' shape."
@@ -274,13 +274,15 @@ class Hits:
 
 def _reach(world: World, frame: int, p: int) -> tuple[float, float, float, float] | None:
     "Left, right, top, bottom, in pixels, of what thing p can cover in a frame; None: anything."
-    x, y, z = world.R[frame] @ world.position[frame, p] + world.t[frame]
+    middle = world.R[frame] @ world.position[frame, p] + world.t[frame]
     r = world.half[p].max() if world.ball[p] else np.linalg.norm(world.half[p])
-    if p == 0 or z - r < .05:
+    near, far = middle[2] - r, middle[2] + r
+    if p == 0 or near < .05:
         return None
-    f, _, cx, _, _, cy, *_ = world.K.flat
-    return *(f * np.array([min((x - r) / (z - r), (x - r) / (z + r)), max((x + r) / (z - r), (x + r) / (z + r))]) + cx), \
-        *(f * np.array([min((y - r) / (z - r), (y - r) / (z + r)), max((y + r) / (z - r), (y + r) / (z + r))]) + cy)
+    f, centre = world.K[0, 0], world.K[:2, 2]
+    low, high = (np.stack([(middle[:2] + side) / near, (middle[:2] + side) / far]) for side in (-r, r))
+    (left, top), (right, bottom) = f * low.min(0) + centre, f * high.max(0) + centre
+    return left, right, top, bottom
 
 
 def cast(world: World, frame: int, x: np.ndarray, y: np.ndarray) -> Hits:
@@ -448,7 +450,7 @@ def _inside(xy: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     "Whether places (..., 2) lie within the pixels of a picture (H, W)."
     return ((xy >= -.5) & (xy < np.array(size[::-1]) - .5)).all(-1)
 
-# %% ../../nbs/views/21_scenes.ipynb #55ef2d94
+# %% ../../nbs/views/21_scenes.ipynb #416673ca
 def _rigid(R: np.ndarray, t: np.ndarray) -> np.ndarray:
     "(..., 3, 3) and (..., 3) to (..., 4, 4)."
     M = np.zeros((*R.shape[:-2], 4, 4))
@@ -488,7 +490,7 @@ def warp(image: np.ndarray, xy: np.ndarray) -> np.ndarray:
     rows = [image[:, top + k, left] * (1 - x) + image[:, top + k, left + 1] * x for k in (0, 1)]
     return (rows[0] * (1 - y) + rows[1] * y).astype(np.float32)
 
-# %% ../../nbs/views/21_scenes.ipynb #a467af73
+# %% ../../nbs/views/21_scenes.ipynb #fd039625
 VERSION = 2  # of the renderer: raise it when its pictures change, so that files made before are not used
 
 
