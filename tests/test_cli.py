@@ -45,7 +45,7 @@ def trained(folder, tmp_path_factory):
 def test_without_arguments(capsys):
     assert run([]) == 0
     out = capsys.readouterr().out
-    assert out.strip() == WELCOME and sum(line.startswith("  mae-repro") for line in out.splitlines()) == 5
+    assert out.strip() == WELCOME and sum(line.startswith("  mae-repro") for line in out.splitlines()) == 7
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -252,3 +252,66 @@ def test_benchmark(capsys):
     assert run(["benchmark", "mae-tiny", "crossmae-tiny", "--rounds", "2", "--batch-size", "2", "--json", "-", "--device", "cpu"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [r["recipe"] for r in rows] == ["mae-tiny", "crossmae-tiny"] and rows[0]["speedup"] == 1 and all(r["images_per_s"] > 0 for r in rows)
+
+
+# ---------------------------------------------------------------- views and propagate
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    "The three labelled layouts, two small scenes each."
+    root = tmp_path_factory.mktemp("rendered")
+    for layout in ("davis", "vip", "jhmdb"):
+        assert run(["views", "render", "--layout", layout, "--out", str(root / layout), "--num", "2", "--frames", "5", "--img-size", "48", "64"]) == 0
+    return root
+
+
+def test_render_says_what_it_wrote(tmp_path, capsys):
+    assert run(["views", "render", "--layout", "bag", "--out", str(tmp_path / "b"), "--num", "2", "--frames", "3", "--img-size", "32", "32", "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["frames"] == 6 and "2 sequences" in captured.err
+    assert len(list((tmp_path / "b").rglob("*.png"))) == 6
+
+
+@pytest.mark.parametrize("task, score", [("davis", "J&F"), ("vip", "mIoU"), ("jhmdb", "PCK")])
+def test_propagate(trained, rendered, tmp_path, capsys, task, score):
+    args = ["propagate", str(trained), "--task", task, "--data.root", str(rendered / task), "--img-size", "32", "48", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert run([*args, "--json", str(tmp_path / "x.json")]) == 0
+    first, numbers = capsys.readouterr(), json.loads((tmp_path / "x.json").read_text())
+    assert score in first.out and any(k.startswith(score) for k in numbers["scores"]) and numbers["videos"] == 2
+    assert list((tmp_path / "out").rglob("*.csv")) and list((tmp_path / "out").rglob("*.png"))
+    assert run([*args, "--json", "-"]) == 0   # nothing is done twice
+    assert json.loads(capsys.readouterr().out)["scores"] == numbers["scores"]
+    assert run([*args, "--topk", "3"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_propagate_controls(trained, rendered, tmp_path, capsys):
+    for name, extra in (("copy-first", []), (str(trained), ["--untrained", "--protocol", "dino", "--img-size", "32"])):
+        assert run(["propagate", name, "--task", "davis", "--data.root", str(rendered / "davis"), "--data.limit", "1", "--out", str(tmp_path / f"o{len(extra)}"), *extra]) == 0
+    assert "untrained" in capsys.readouterr().out
+
+
+def test_propagate_keeps_its_results_with_the_run(trained, rendered, capsys):
+    assert run(["propagate", str(trained), "--task", "davis", "--data.root", str(rendered / "davis"), "--data.limit", "1", "--img-size", "32", "32"]) == 0
+    assert str(trained / "propagate-davis-cropmae") in capsys.readouterr().out and (trained / "propagate-davis-cropmae").is_dir()
+
+
+def test_show_draws_what_a_recipe_sees(folder, tmp_path, capsys):
+    out = tmp_path / "x.png"
+    assert run(["views", "show", "cropmae-tiny", "--data.root", str(folder), "--rows", "2", "--out", str(out)]) == 0
+    assert Image.open(out).size[0] > 100 and str(out) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("args, says", [
+    (["views"], "render, show"), (["views", "paint"], "render, show"), (["views", "render", "--layout", "davis"], "--out"),
+    (["views", "render", "--layout", "kitti", "--out", "x"], "kitti"), (["views", "show"], "name of a recipe"), (["views", "show", "mea"], "unknown recipe"),
+    (["views", "show", "siammae-tiny", "--data.root", "nowhere"], "nowhere"), (["views", "show", "cropmae-tiny", "--rows", "0"], "--rows"),
+    (["propagate", "x"], "--task"), (["propagate", "x", "--task", "davis"], "--data.root"), (["propagate", "x.pth", "--task", "davis", "--data.root", "."], "x.pth"),
+    (["propagate", "copy-first", "--task", "davis", "--data.root", "nowhere"], "nowhere"), (["propagate", "copy-first", "--task", "davis", "--data.root", ".", "--topk", "0"], "topk"),
+    (["pretrain", "siammae-tiny", "--views.source", "crop"], "this method needs 2"), (["pretrain", "cdgmae-tiny", "--views.source", "neighbour"], "--views.embed")])
+def test_mistakes_with_views_and_videos(args, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(args) == 2
+    said = capsys.readouterr().err
+    assert says in said and "Traceback" not in said
+    assert not list(tmp_path.iterdir()) or {p.name for p in tmp_path.iterdir()} <= {"runs"}

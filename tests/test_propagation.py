@@ -16,8 +16,9 @@ from scipy.io import savemat
 
 from mae_repro.evaluation.propagation import (PatchPixels, Propagator, at_size, boundary, class_iou, confusion, contour_accuracy, davis_statistics, frame_features,
                                               frame_scores, mean_iou, pck, pck_counts, pixel_labels, propagate, region_similarity)
-from mae_repro.evaluation.video_data import (Truth, input_size, joint_maps, joint_places, open_videos, prepare_frame, prepare_labels, read_frame, read_ids, to_pixels)
-from mae_repro.evaluation.video_tasks import TaskConfig, colour_table, copy_first, fingerprint, format_table, run_task, score_davis_predictions
+from mae_repro.evaluation.video_data import (Truth, input_size, joint_maps, joint_places, nearest, open_videos, prepare_frame, prepare_labels, read_frame, read_ids,
+                                             read_joints, to_pixels)
+from mae_repro.evaluation.video_tasks import TaskConfig, colour_table, copy_first, fingerprint, format_table, predict_masks, run_task, score_davis_predictions
 from mae_repro.parts.encoder import Encoder
 from mae_repro.parts.weights import UserError, load_into
 
@@ -458,6 +459,35 @@ def test_davis_scores_equal_the_steps_by_hand(tmp_path):
     np.testing.assert_allclose([r["J_mean"] for r in result.rows], j, atol=1e-9)
 
 
+def test_dino_predictions_equal_the_steps_by_hand(tmp_path):
+    video = open_videos("davis", davis(tmp_path))[1]
+    config, truth = TaskConfig("dino", img_size=(64, 96)).resolve("davis"), Truth(video)
+    frames = torch.stack([prepare_frame(read_frame(video, t), (64, 96), "dino") for t in range(4)])
+    labels, classes = prepare_labels(truth[0], truth.colours, (64, 96), 8, "dino")
+    soft = propagate(frame_features(PatchPixels(8), frames), labels, 5, 12, 7, 0.1, "dino")
+    found = np.stack(list(predict_masks(PatchPixels(8), video, truth, config)))
+    by_hand, unstretched = (np.stack([np.array(classes)[pixel_labels(s, (64, 96), stretch).numpy()] for s in soft]) for stretch in (True, False))
+    assert (found == by_hand).all() and (by_hand != unstretched).any()
+
+
+class Watching(PatchPixels):
+    "Remembers what it was given."
+    def forward_features(self, images):
+        self.seen = images
+        return super().forward_features(images)
+
+
+def test_frames_are_resized_as_scored_at_says(tmp_path):
+    root, config, encoder = davis(tmp_path), TaskConfig(img_size=(48, 88), radius=4, save=()), Watching(8)
+    last = Image.open(root / "JPEGImages/480p/cats/00003.jpg").convert("RGB")
+    expected = dict(input=prepare_frame(last.resize((88, 48), Image.Resampling.NEAREST), (48, 88)), native=prepare_frame(last, (48, 88)))
+    assert (expected["input"] - expected["native"]).abs().max() > .1
+    for scored_at, image in expected.items():
+        result = run_task(encoder, "davis", root, None, replace(config, scored_at=scored_at), limit=1, **quiet)
+        torch.testing.assert_close(encoder.seen[0], image, atol=1e-6, rtol=0)
+        assert 0 < result.scores["J_mean"] < 1
+
+
 def test_davis_2016_lists_white_masks_and_folders_without_lists(tmp_path):
     root = davis(tmp_path, white=True)
     (root / "ImageSets/2017/val.txt").unlink()
@@ -504,6 +534,17 @@ def test_jhmdb_end_to_end(tmp_path):
     (root / "splits/catch_test_split1.txt").write_text("one.avi 1\n")
     (root / "splits/wave_test_split1.txt").write_text("two.avi 2\n")
     assert [v.name for v in open_videos("jhmdb", root)] == ["wave/two"]
+
+
+def test_nearest_takes_the_pixel_under_the_centre():
+    ramp = Image.fromarray(np.arange(60, dtype=np.uint8)[None].repeat(5, 0))
+    for w in (60, 44, 97):
+        assert np.asarray(nearest(ramp, (5, w)))[0].tolist() == [int((i + .5) * 60 / w) for i in range(w)]
+
+
+def test_joints_are_counted_from_zero(tmp_path):
+    joints = read_joints(open_videos("jhmdb", jhmdb(tmp_path))[0])
+    assert joints.shape == (2, 15, 4) and np.allclose(joints[:, 0, 0], (20, 10)) and np.allclose(joints[0, -1], (70, 72, 74, 76))
 
 
 def test_dino_protocol_end_to_end(tmp_path):

@@ -62,7 +62,7 @@ def losses(run):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_takes_every_source(frames, method, source, monkeypatch):
     if source == "neighbour":
-        monkeypatch.setattr("mae_repro.training.data._embedding", lambda spec: lambda images: images.float().mean((2, 3)))
+        monkeypatch.setattr("mae_repro.training.data._embedding", lambda spec: (lambda images: images.float().mean((2, 3)), {"img_size": 16}))
     config = config_of(method, frames, source, views__embed="colours" * (source == "neighbour"))
     views = open_views(config.data, config.views, config.method, 0)
     item = views[3, 5]

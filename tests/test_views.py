@@ -18,7 +18,6 @@ from PIL import Image
 
 from mae_repro.parts.weights import UserError
 from mae_repro.views import bags as bags_module
-from mae_repro.views import videos as videos_module
 from mae_repro.views.bags import BagViews, bag_order, open_bags, smallest
 from mae_repro.views.pairs import Crop, CropViews, NeighbourViews, RandomPartners, distinct, drawn, nearest_neighbours, show_source
 from mae_repro.views.photos import BrokenImage, Pixels, open_images
@@ -113,8 +112,11 @@ def test_one_view_is_the_target_alone_and_sizes_may_be_oblong(tmp_path):
 
 
 def test_workers_do_not_change_a_sample(tmp_path):
-    for kind in ("videos", "bags", "GlobalToLocal"):
-        views = Views(every_source(tmp_path)[kind], 16, seed=1, repeats=2)
+    for name in "ab":
+        write_video(tmp_path / f"files/{name}.mp4", 60)
+    sources = {**every_source(tmp_path), "files": VideoViews(open_videos(tmp_path / "files"), 3, 32)}
+    for kind in ("files", "videos", "bags", "GlobalToLocal"):
+        views = Views(sources[kind], 16, seed=1, repeats=4)
         batches = EpochBatches(len(views), 2, epochs=1)
         here, there = (torch.cat([b["views"] for b in loader(views, batches, workers=w)]) for w in (0, 2))
         assert torch.equal(here, there), kind
@@ -415,6 +417,21 @@ def test_every_frame_of_every_kind(tmp_path, name):
     assert [read_code(image) for image in video.frames([49, 0, 49, 17])] == [49, 0, 49, 17]
     one = np.asarray(video.frames([23])[0])
     assert np.array_equal(one, np.asarray(Video(video.path).frames(range(50))[23])), "the same bytes whichever way it is reached"
+
+
+def test_decoding_starts_at_the_key_frame_before(tmp_path, monkeypatch):
+    runs, decoded, real = [], [], Video._decoded
+    monkeypatch.setattr(Video, "_decoded", lambda self, *args: runs.append(1) or (decoded.append(1) or frame for frame in real(self, *args)))
+    for name in ("b_frames.mp4", "one_gop.mkv"):
+        video = Video(str(write_video(tmp_path / name, 50, options={"bf": "2", "g": "10", "sc_threshold": "0"})))
+        runs.clear(), decoded.clear()
+        for t in range(50):
+            video.frames([t])
+        assert len(runs) == 50 and len(decoded) < 50 * 7
+        runs.clear()
+        video.frames([41, 48])
+        video.frames([3, 41, 48])
+        assert len(runs) == 3, "one run for each key frame"
 
 
 def test_without_time_stamps_frames_are_counted(tmp_path):

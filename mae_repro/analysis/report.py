@@ -19,12 +19,14 @@ from torch import Tensor
 from ..parts.model import MaskedAutoencoder, Reconstruction, paint
 from ..parts.patches import denormalise, patchify, show_images, unpatchify
 
-# %% ../../nbs/analysis/55_report.ipynb #2fe4b036
+# %% ../../nbs/analysis/55_report.ipynb #d1966851
 @torch.no_grad()
 def reconstruct_all(model: MaskedAutoencoder, views: Tensor, seed: int = 0) -> Reconstruction:
-    "Reconstruct normalised views (B, V, 3, H, W), predicting every hidden patch; masks from `seed`, the same for every model of this size."
+    """Reconstruct normalised views (B, V, 3, H, W), predicting every hidden patch (of the target, where there are anchors); masks from `seed`, the same
+
+    for every model of this size."""
     masks = model.make_masks(views, generator=torch.Generator().manual_seed(seed))
-    return model(views, masks.hidden, masks.hidden)
+    return model(views, masks.hidden, masks.hidden & masks.predict.any(dim=-1, keepdim=True))
 
 
 def mask_pictures(model: MaskedAutoencoder, views: Tensor, seed: int = 0) -> Tensor:
@@ -38,13 +40,17 @@ def mask_pictures(model: MaskedAutoencoder, views: Tensor, seed: int = 0) -> Ten
 
 
 def reconstruction_rows(model: MaskedAutoencoder, views: Tensor, seed: int = 0) -> dict[str, Tensor]:
-    "Named pictures (B, 3, H, W) in 0..1 of the first view of each sample: image, mask, reconstruction, and the leaking version if pixels were normalised."
+    """Named pictures (B, 3, H, W) in 0..1 of the first view of each sample: image, mask, reconstruction, and the leaking version if pixels were normalised;
+
+    before them each anchor, as much of it as is seen."""
     views = views[:, None] if views.ndim == 4 else views
     result, p, norm = reconstruct_all(model, views, seed), model.encoder.patch_size, model.target.norm_pix_loss
-    rows = {"image": denormalise(views), "mask": mask_pictures(model, views, seed), "reconstruction": paint(views, result, p, norm)}
+    seen = mask_pictures(model, views, seed)
+    anchors = {f"anchor {i}" if views.shape[1] > 2 else "anchor": seen[:, i].cpu() for i in range(1, views.shape[1])}
+    rows = {"image": denormalise(views), "mask": seen, "reconstruction": paint(views, result, p, norm)}
     if norm:
         rows["with true brightness (leaks)"] = paint(views, result, p, norm, "true")
-    return {name: pictures[:, 0].cpu() for name, pictures in rows.items()}
+    return anchors | {name: pictures[:, 0].cpu() for name, pictures in rows.items()}
 
 
 def reconstruction_figure(model: MaskedAutoencoder, views: Tensor, path: str | Path | None = None, most: int = 6):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .siamese import SiamMAE
 
-# %% ../../nbs/methods/14_cdgmae.ipynb #132c3ac5
+# %% ../../nbs/methods/14_cdgmae.ipynb #ee81e8d4
 @dataclass(frozen=True)
 class CDGMAE(SiamMAE):
     "CDG-MAE: N anchors, each independently masked, their visible tokens side by side as keys and values (no public code; from the paper's text)."

@@ -19,7 +19,7 @@ from ..parts.masking import TargetAndAnchors
 from ..parts.model import MaskedAutoencoder, ModelConfig, PixelTarget, initialise_mae
 from ..parts.weights import KeyMap
 
-# %% ../../nbs/methods/12_siamese.ipynb #3b001134
+# %% ../../nbs/methods/12_siamese.ipynb #99238a8e
 @torch.no_grad()
 def initialise_siamese(model: nn.Module) -> nn.Module:
     """In place, as CropMAE's code does; returns the model. As `initialise_mae`, except that the maps to queries, keys and values of cross-attention
@@ -33,7 +33,7 @@ def initialise_siamese(model: nn.Module) -> nn.Module:
             module.kv.weight.copy_(packed[len(module.q.weight):])
     return model
 
-# %% ../../nbs/methods/12_siamese.ipynb #9f66d42d
+# %% ../../nbs/methods/12_siamese.ipynb #4e8d2086
 @dataclass(frozen=True)
 class SiamMAE(ModelConfig):
     "Siamese masked autoencoder (Gupta et al. 2023): the target, nearly all hidden, is completed from an earlier frame."
@@ -91,7 +91,7 @@ class SiamMAE(ModelConfig):
         "The configuration that a published state dict implies, with this method's ratios."
         return cls(**sizes_of(state), decoder_mlp_dim=len(state["decoder_blocks.0.linear1.weight"]))
 
-
+# %% ../../nbs/methods/12_siamese.ipynb #02d553b5
 @dataclass(frozen=True)
 class CropMAE(SiamMAE):
     "CropMAE (Eymaël et al. 2024): two crops of one photograph instead of two frames; the target shows 2 of 196 patches."

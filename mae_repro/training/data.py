@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['BUILT_IN_SAMPLES', 'DataConfig', 'ViewsConfig', 'Jittered', 'open_source', 'open_views']
 
-# %% ../../nbs/training/28_data.ipynb #fd4c6a96
+# %% ../../nbs/training/28_data.ipynb #d5caacef
+import hashlib
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -90,7 +92,7 @@ class Jittered:
         change = v2.ColorJitter(self.amount, self.amount, self.amount)
         return torch.stack([change(view) for view in self.source.draw(i)])
 
-# %% ../../nbs/training/28_data.ipynb #299c6166
+# %% ../../nbs/training/28_data.ipynb #4a3f7a16
 BUILT_IN_SAMPLES = 2000
 
 
@@ -101,7 +103,7 @@ def open_source(data: DataConfig, views: ViewsConfig, img_size: int | tuple[int,
     joint = views.joint if views.joint is not None else views.source in ("video", "bag")
     cut = dict(img_size=img_size, num_views=num_views, scale=views.scale, ratio=views.ratio, flip=views.flip)
     if views.source == "video":
-        source = VideoViews(_sequences(data, img_size, open_videos), gap=views.gap, joint=joint, **cut)
+        source = VideoViews(_sequences(data, img_size, partial(open_videos, split=data.split)), gap=views.gap, joint=joint, **cut)
     elif views.source == "bag":
         source = BagViews(_sequences(data, img_size, open_bags), target=views.target, joint=joint, **cut)
     else:
@@ -127,16 +129,20 @@ def _of_images(images: ImageSet, views: ViewsConfig, joint: bool, cut: dict) -> 
         raise UserError(f"--views.source {views.source} draws {cut['num_views']} different images for a sample, and there are {len(images)}")
     if views.source == "random-pair":
         return RandomPartners(images, **cut)
-    return NeighbourViews(images, neighbours=nearest_neighbours(images, _embedding(views.embed), views.neighbours, name=views.embed), **cut)
+    embed, settings = _embedding(views.embed)
+    return NeighbourViews(images, neighbours=nearest_neighbours(images, embed, views.neighbours, progress=True, **settings), **cut)
 
 
 def _embedding(spec: str):
-    "A function from uint8 images (B, 3, H, W) to vectors (B, D): the mean of the patch tokens of an encoder."
+    "A function from uint8 images (B, 3, H, W) to vectors (B, D), the mean of an encoder's patch tokens; the size it wants, and a name that changes with its weights."
     from mae_repro.methods.catalogue import open_encoder
     from mae_repro.parts.features import extract
     from mae_repro.parts.patches import normalise
-    encoder = open_encoder(spec)
-    return lambda images: extract(encoder, normalise(images))
+    encoder, digest = open_encoder(spec), hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    size = getattr(encoder, "img_size", None) or encoder.patch_embed.img_size
+    return lambda images: extract(encoder, normalise(images)), dict(name=f"{spec} {digest.hexdigest()[:16]}", img_size=min(size))
 
 
 def open_views(data: DataConfig, views: ViewsConfig, method, seed: int) -> Views:

@@ -318,10 +318,10 @@ def crossmae_small() -> Config[CrossMAE]:
     mae-repro pretrain crossmae-small --data.root CIFAR10. Meant to stay under an hour on one data-centre GPU. No published number. Not run by us yet."""
     return Config("crossmae-small", CrossMAE(**_SMALL, decoder_depth=6, prediction_ratio=.25), DataConfig(workers=12), ViewsConfig(), _SMALL_OPTIM, _SMALL_TRAIN)
 
-# %% ../../nbs/training/30_recipes.ipynb #50060bc9
+# %% ../../nbs/training/30_recipes.ipynb #b9f3badc
 _TINY_PAIR = dict(img_size=64, patch_size=8, embed_dim=128, depth=4, num_heads=4, decoder_embed_dim=96, decoder_depth=2, decoder_num_heads=4)
 _SMALL_PAIR = dict(img_size=96, patch_size=8, **SIZES["Ti"], decoder_embed_dim=128, decoder_depth=4, decoder_num_heads=4)
-_TINY_PAIR_OPTIM = OptimConfig(base_lr=2e-3, batch_size=128, epochs=20, warmup_epochs=1)
+_TINY_PAIR_OPTIM = OptimConfig(base_lr=8e-3, batch_size=32, epochs=20, warmup_epochs=1)
 
 
 def _tiny(name: str, method, views: ViewsConfig) -> Config:
@@ -336,7 +336,7 @@ def siammae_tiny() -> Config[SiamMAE]:
     """SiamMAE for a laptop: two frames of a rendered scene (or of your videos), 64 pixels, patches of 8, a ViT of 4 blocks and width 128.
 
     mae-repro pretrain siammae-tiny, with --data.root VIDEOS on your own. CPU minutes. No published number."""
-    return _tiny("siammae-tiny", SiamMAE(**_TINY_PAIR, mask_ratio=.9, decoder_mlp_dim=384), _FILMED)
+    return _tiny("siammae-tiny", SiamMAE(**_TINY_PAIR, mask_ratio=.9, decoder_mlp_dim=384, decoder_dropout=0.), _FILMED)
 
 
 def siammae_small() -> Config[SiamMAE]:
@@ -350,7 +350,7 @@ def cropmae_tiny() -> Config[CropMAE]:
     """CropMAE for a laptop: as siammae-tiny, with two nested crops of a photograph instead of two frames.
 
     mae-repro pretrain cropmae-tiny, with --data.root IMAGES on your own. CPU minutes. No published number."""
-    return _tiny("cropmae-tiny", CropMAE(**_TINY_PAIR, mask_ratio=.9, decoder_mlp_dim=384), _CROPPED)
+    return _tiny("cropmae-tiny", CropMAE(**_TINY_PAIR, mask_ratio=.9, decoder_mlp_dim=384, decoder_dropout=0.), _CROPPED)
 
 
 def cropmae_small() -> Config[CropMAE]:
@@ -378,7 +378,7 @@ def cdgmae_tiny() -> Config[CDGMAE]:
     """CDG-MAE for a laptop: three anchors, a quarter of each hidden, from bags of views (frames of rendered scenes until there are generated ones).
 
     mae-repro pretrain cdgmae-tiny, with --data.root BAGS on your own. CPU minutes. No published number."""
-    return _tiny("cdgmae-tiny", CDGMAE(**_TINY_PAIR, decoder_mlp_dim=384), _BAGGED)
+    return _tiny("cdgmae-tiny", CDGMAE(**_TINY_PAIR, decoder_mlp_dim=384, decoder_dropout=0.), _BAGGED)
 
 
 def cdgmae_small() -> Config[CDGMAE]:

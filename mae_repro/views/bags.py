@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'TARGETS', 'bag_order', 'Bags', 'BagFolders', 'BagShards', 'open_bags', 'smallest', 'BagViews']
 
-# %% ../../nbs/views/24_bags.ipynb #af759e47
+# %% ../../nbs/views/24_bags.ipynb #838f1525
 import hashlib
-import io
 import logging
 import os
 import tarfile
@@ -20,11 +19,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-# %% ../../nbs/views/24_bags.ipynb #edbccff2
+# %% ../../nbs/views/24_bags.ipynb #d1123c91
 from ..parts.weights import UserError, cache_dir
 from .pairs import Crop, check_views, distinct
-from .photos import EXTENSIONS, BrokenImage, load_image
-from .videos import Listed, Sequences, natural
+from .photos import BrokenImage, load_image
+from .videos import Listed, Sequences, is_picture, natural
 
 # %% ../../nbs/views/24_bags.ipynb #6c34d026
 log = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ class Bags(Listed):
         "Pictures of bag i by number; 0 is the real one."
         raise NotImplementedError
 
-# %% ../../nbs/views/24_bags.ipynb #4fb26698
+# %% ../../nbs/views/24_bags.ipynb #cf9f6ff3
 @dataclass(frozen=True, eq=False)
 class BagFolders(Bags):
     "Bags that are folders below `root`."
@@ -61,16 +60,12 @@ class BagFolders(Bags):
     def frames(self, i, ids):
         folder = self.name(i)
         try:
-            files = bag_order([name for name in os.listdir(folder) if _is_picture(name)])
+            files = bag_order([name for name in os.listdir(folder) if is_picture(name)])
         except OSError as error:
             raise BrokenImage(folder, error.strerror or str(error)) from error
         if files is None or len(files) <= max(ids):
             raise BrokenImage(folder, f"had {self.length(i)} pictures when it was opened, and has {len(files or ())} now")
         return [load_image(os.path.join(folder, files[k])) for k in ids]
-
-
-def _is_picture(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 # %% ../../nbs/views/24_bags.ipynb #c705cc47
 @dataclass(frozen=True, eq=False)
@@ -98,7 +93,7 @@ class BagShards(Bags):
             raise BrokenImage(self.name(i), error.strerror or str(error)) from error
         return pictures
 
-# %% ../../nbs/views/24_bags.ipynb #7ee4f2a4
+# %% ../../nbs/views/24_bags.ipynb #8d15f9f0
 def _read_shard(path: str) -> tuple[list[str], np.ndarray, np.ndarray, int]:
     "Keys of the whole bags in a tar file, their sizes (n,), spans (sum of sizes, 2) of their pictures in order, and the number of bags left out. UserError if it is no tar file."
     bags, end, whole = {}, 0, False
@@ -117,7 +112,7 @@ def _read_shard(path: str) -> tuple[list[str], np.ndarray, np.ndarray, int]:
     except tarfile.TarError as error:
         if not bags:
             raise UserError(f"{path} is not a tar file that can be read by random access: {error}. Shards are plain .tar, not compressed") from error
-    order = {key: bag_order([rest for rest in files if _is_picture(f"x.{rest}")]) for key, files in bags.items()}
+    order = {key: bag_order([rest for rest in files if is_picture(f"x.{rest}")]) for key, files in bags.items()}
     broken = {key for key, files in order.items() if not files}
     if not whole and bags:
         broken.add(list(bags)[-1])  # cut off: nobody knows what else the last one had
@@ -164,7 +159,7 @@ def _shards(root: Path, paths: list[str]) -> BagShards:
     sizes = np.concatenate(sizes)
     return BagShards(np.array(names), str(root), sizes, tuple(str(root / path) for path in paths), np.concatenate(shard), np.cumsum(sizes) - sizes, np.concatenate(spans))
 
-# %% ../../nbs/views/24_bags.ipynb #95f30b60
+# %% ../../nbs/views/24_bags.ipynb #920b9b3e
 def _seen(root: Path) -> tuple[list[str], dict[str, int], list[str]]:
     "Relative paths of tar files below a folder, {folder with a real image: pictures right in it}, and folders of pictures without one. Every folder once, however links lead to it."
     tars, bags, others, seen, stack = [], {}, [], set(), [""]
@@ -183,7 +178,7 @@ def _seen(root: Path) -> tuple[list[str], dict[str, int], list[str]]:
                     stack.append(name)
                 elif name.endswith(".tar"):
                     tars.append(name)
-                elif _is_picture(entry.name):
+                elif is_picture(entry.name):
                     pictures.append(entry.name)
         if bag_order(pictures):
             bags[here] = len(pictures)

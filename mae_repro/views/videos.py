@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONE_TO_ONE', 'TURNS', 'VIDEO_EXTENSIONS', 'Sequences', 'Listed', 'Index', 'Video', 'open_video', 'VideoFiles',
-           'natural', 'FrameFolders', 'open_videos', 'VideoViews']
+           'natural', 'is_picture', 'FrameFolders', 'open_videos', 'VideoViews']
 
 # %% ../../nbs/views/23_videos.ipynb #4bcd3302
 import os
@@ -214,7 +214,7 @@ def open_video(path: str) -> Video:
         return _kept.video
     return Video(path)  # and let it say what is wrong
 
-# %% ../../nbs/views/23_videos.ipynb #2555794d
+# %% ../../nbs/views/23_videos.ipynb #d43d4a84
 VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".mts", ".m2ts", ".wmv", ".flv", ".3gp", ".ogv")
 
 
@@ -240,10 +240,11 @@ def natural(name: str) -> list:
 def _pictures(folder: str) -> tuple[str, ...]:
     "Names of the pictures in a folder, in natural order; OSError."
     with os.scandir(folder) as entries:
-        return tuple(sorted((e.name for e in entries if _is_picture(e.name)), key=natural))
+        return tuple(sorted((e.name for e in entries if is_picture(e.name)), key=natural))
 
 
-def _is_picture(name: str) -> bool:
+def is_picture(name: str) -> bool:
+    "Has this file the name of a picture?"
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
@@ -266,7 +267,7 @@ class FrameFolders(Listed):
         folder, files = self.name(i), self._files(i)
         return [load_image(os.path.join(folder, files[t])) for t in ids]
 
-# %% ../../nbs/views/23_videos.ipynb #de540bff
+# %% ../../nbs/views/23_videos.ipynb #db126005
 def _found(root: Path) -> tuple[list[str], dict[str, int]]:
     "Relative paths of the video files below a folder, and {folder: number of pictures right in it}, both sorted. Every folder once, however links lead to it."
     videos, pictures, seen, stack = [], {}, set(), [""]
@@ -285,7 +286,7 @@ def _found(root: Path) -> tuple[list[str], dict[str, int]]:
                     stack.append(name)
                 elif os.path.splitext(name)[1].lower() in VIDEO_EXTENSIONS:
                     videos.append(name)
-                elif _is_picture(entry.name):
+                elif is_picture(entry.name):
                     pictures[here] = pictures.get(here, 0) + 1
     return sorted(videos, key=natural), dict(sorted(pictures.items(), key=lambda item: natural(item[0])))
 
