@@ -1107,6 +1107,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'mae_repro.views.pairs.drawn': ('views/pairs.html#drawn', 'mae_repro/views/pairs.py'),
                                        'mae_repro.views.pairs.nearest_neighbours': ( 'views/pairs.html#nearest_neighbours',
                                                                                      'mae_repro/views/pairs.py'),
+                                       'mae_repro.views.pairs.sample_seeds': ('views/pairs.html#sample_seeds', 'mae_repro/views/pairs.py'),
                                        'mae_repro.views.pairs.show_source': ('views/pairs.html#show_source', 'mae_repro/views/pairs.py')},
             'mae_repro.views.photos': { 'mae_repro.views.photos.BrokenImage': ( 'views/photos.html#brokenimage',
                                                                                 'mae_repro/views/photos.py'),

@@ -35,7 +35,7 @@ def test_head_as_published(recorded):
     head.load_state_dict(dpt_to_ours(state))
     pred = head([t[f"in/dpt_tokens{i}"] for i in range(4)], (2, 4))
     torch.testing.assert_close(pred, t["out/dpt"], atol=1e-5, rtol=0)
-    with pytest.raises(AssertionError):  # the vector sees which way of doubling is used
+    with pytest.raises(AssertionError):  # that was no accident: tokens one place on give other numbers
         torch.testing.assert_close(head([t[f"in/dpt_tokens{i}"].roll(1, 1) for i in range(4)], (2, 4)), t["out/dpt"], atol=1e-5, rtol=0)
     back = dpt_to_published(head.state_dict())
     assert back.keys() == state.keys()

@@ -19,7 +19,7 @@ from .masking import Masks
 from .patches import grid_size
 from .positions import GridRotation, Rotation, interpolate_positions, sincos_positions
 
-# %% ../../nbs/parts/05_encoder.ipynb #c41dbe20
+# %% ../../nbs/parts/05_encoder.ipynb #647ec1e7
 def take(x: Tensor, ids: Tensor) -> Tensor:
     "Rows `ids` (B, n) of x (B, t, d) -> (B, n, d). The one gather of this project."
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
@@ -34,7 +34,7 @@ def take_patches(images: Tensor, ids: Tensor, patch_size: int, order: str = "p1 
 
 
 class PatchEmbed(nn.Module):
-    "Pixels of a patch to a token: a linear map kept as timm's `proj` convolution, applied to chosen patches only."
+    "Pixels of a patch to a token: timm's `proj` convolution on whole images, the same weights as a linear map where only chosen patches are needed."
     def __init__(self, patch_size: int, embed_dim: int):
         super().__init__()
         self.patch_size = patch_size
@@ -43,10 +43,9 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
         "images (B, 3, H, W), ids (B, k) or None for all -> (B, k, embed_dim)."
         if ids is None:
-            patches = rearrange(images, "b c (gh p1) (gw p2) -> b (gh gw) (c p1 p2)", p1=self.patch_size, p2=self.patch_size)
-        else:
-            patches = take_patches(images, ids, self.patch_size, order="c p1 p2")
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+            grid_size(images.shape[-2:], self.patch_size)  # a convolution would drop what does not fit, without a word
+            return rearrange(self.proj(images), "b d gh gw -> b (gh gw) d")
+        return F.linear(take_patches(images, ids, self.patch_size, order="c p1 p2"), self.proj.weight.flatten(1), self.proj.bias)
 
 # %% ../../nbs/parts/05_encoder.ipynb #d3f992e2
 class Mlp(nn.Module):

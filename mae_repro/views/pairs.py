@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'STRATEGIES', 'TABLE', 'Crop', 'distinct', 'check_views', 'CropViews', 'RandomPartners', 'NeighbourViews',
-           'nearest_neighbours', 'drawn', 'show_source']
+           'nearest_neighbours', 'sample_seeds', 'drawn', 'show_source']
 
 # %% ../../nbs/views/22_pairs.ipynb #f7088116
 import hashlib
@@ -319,13 +319,19 @@ def _keep_index(path: Path, found: np.ndarray):
     finally:
         aside.unlink(missing_ok=True)
 
-# %% ../../nbs/views/22_pairs.ipynb #92e35db3
-def drawn(source, i: int, seed: int = 0, epoch: int = 0) -> Tensor:
-    "`source.draw(i)` under a seed of its own, as training would see it in that epoch: uint8 (V, 3, H, W). Torch's global generator is left as it was."
-    own = int(np.random.SeedSequence((seed, epoch, i)).generate_state(2, np.uint64)[0])
+# %% ../../nbs/views/22_pairs.ipynb #4507f988
+def sample_seeds(seed: int, epoch: int, i: int) -> tuple[int, int]:
+    "The seeds of sample i in an epoch: of what its source draws, and of its mask noise. [Samples](25_samples.ipynb) says why."
+    return tuple(np.random.SeedSequence((seed, epoch, i)).generate_state(2, np.uint64).tolist())
+
+
+def drawn(source, i: int, seed: int = 0, epoch: int = 0, item: int | None = None) -> Tensor:
+    """What training would see as sample i of that epoch: `source.draw(item)`, item i unless another is named, under the sample's own seed: uint8 (V, 3, H, W).
+
+    Torch's global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(own)
-        return source.draw(i % len(source))
+        torch.default_generator.manual_seed(sample_seeds(seed, epoch, i)[0])  # not torch.manual_seed, which would seed the GPU too
+        return source.draw(i % len(source) if item is None else item)
 
 
 def show_source(source, rows: int = 4, seed: int = 0, titles: list[str] | None = None, size: float = 1.3, dpi: int = 72):

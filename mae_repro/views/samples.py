@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-# %% ../../nbs/views/25_samples.ipynb #d458d610
+# %% ../../nbs/views/25_samples.ipynb #e83de94b
 from ..parts.patches import grid_size
 from ..parts.weights import UserError
+from .pairs import drawn, sample_seeds
 from .photos import BrokenImage
 
-# %% ../../nbs/views/25_samples.ipynb #3cb6683d
+# %% ../../nbs/views/25_samples.ipynb #f2fbf8f1
 PATIENCE = 100  # unreadable images in a row before giving up
 
 
@@ -69,19 +70,16 @@ class Views(Dataset):
         epoch, index = map(int, key)
         if not 0 <= index < len(self) * self.together:
             raise IndexError(f"sample {index} of {len(self)}")
-        draw_seed, noise_seed = np.random.SeedSequence((self.seed, epoch, index)).generate_state(2, np.uint64).tolist()
-        views, broken = self._readable(index % len(self.source), draw_seed)
+        views, broken = self._readable(epoch, index)
         gh, gw = grid_size(views.shape[-2:], self.patch_size)
-        noise = torch.rand(len(views), gh * gw, generator=torch.Generator().manual_seed(noise_seed))
+        noise = torch.rand(len(views), gh * gw, generator=torch.Generator().manual_seed(sample_seeds(self.seed, epoch, index)[1]))
         return dict(views=views, noise=noise, index=index, broken=broken)
 
-    def _readable(self, i: int, seed: int) -> tuple[Tensor, str]:
+    def _readable(self, epoch: int, index: int) -> tuple[Tensor, str]:
         first, tries = None, min(len(self.source), PATIENCE)
         for k in range(tries):
             try:
-                with torch.random.fork_rng(devices=[]):
-                    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would seed the GPU too
-                    return self.source.draw((i + k) % len(self.source)), first.path if first else ""
+                return drawn(self.source, index, self.seed, epoch, (index + k) % len(self.source)), first.path if first else ""
             except BrokenImage as error:
                 first = first or error
         raise UserError(f"{tries} items in a row cannot be read, the first is {first}. Check the data")
