@@ -198,7 +198,7 @@ def _training_probe(config):
         raise UserError("--train.probe-every needs labelled data: class folders, ImageNet's layout, or CIFAR-10")
     return lambda encoder: {"knn": run_probe(encoder, train, test, kind="knn", device=next(encoder.parameters()).device, progress=False).accuracy}
 
-# %% ../nbs/80_cli.ipynb #eac801b7
+# %% ../nbs/80_cli.ipynb #4165a8e9
 @dataclass(frozen=True)
 class DataArgs:
     "Which images."
@@ -278,6 +278,8 @@ def probe(args: list[str]) -> int:
     device = _device(a.device)
     encoder = open_encoder(a.encoder).to(device)
     patch = encoder_patch_size(encoder)
+    if a.pool != "mean" and not encoder.num_prefix_tokens:
+        raise UserError(f"--pool {a.pool}: this encoder has no class token; use --pool mean")
     if a.img_size is not None and (a.img_size < patch or a.img_size % patch):
         raise UserError(f"--img-size {a.img_size} is not a multiple of the encoder's patch_size {patch}")
     train, test = _labelled(a.data.root, a.data.limit, a.data.test_limit)

@@ -315,3 +315,11 @@ def test_mistakes_with_views_and_videos(args, says, tmp_path, monkeypatch, capsy
     said = capsys.readouterr().err
     assert says in said and "Traceback" not in said
     assert not list(tmp_path.iterdir()) or {p.name for p in tmp_path.iterdir()} <= {"runs"}
+
+
+def test_an_encoder_without_class_token_says_so(folder, tmp_path, capsys):
+    from mae_repro.methods.croco import CroCo
+    config = CroCo(**SIZES, mask_ratio=.75)
+    save_model(tmp_path, config.build(), config)
+    assert run(["probe", str(tmp_path), "--data.root", str(folder), "--pool", "cls"]) == 2
+    assert "no class token" in capsys.readouterr().err

@@ -296,3 +296,26 @@ def test_masks_given_by_hand_are_used():
     result = model(views_of(config, 1), hidden, predict)
     assert torch.equal(result.hidden, hidden) and result.pred.shape == (1, 4, 192)
     assert [tuple(v.shape) for v in Masks.given(hidden, predict).visible] == [(1, 1, 3), (1, 1, 8), (1, 1, 16), (1, 1, 15)]
+
+
+# ---------------------------------------------------------------- what training teaches
+
+@pytest.mark.parametrize("name", ["siammae-tiny", "cdgmae-tiny"])
+def test_shipped_weights_use_their_anchors(name):
+    "Completing new scenes from the right anchors is clearly easier than from those of another scene, or from none to speak of."
+    from mae_repro.parts.patches import normalise
+    from mae_repro.parts.weights import data_dir
+    from mae_repro.views.bags import BagViews
+    from mae_repro.views.scenes import Scenes
+    from mae_repro.views.samples import Views
+    from mae_repro.views.videos import VideoViews
+    model, config = open_model(data_dir() / "pretrained" / name)
+    scenes = Scenes(num=12, num_frames=16, size=96, seed=31)
+    source = VideoViews(scenes, config.num_views, config.img_size) if name.startswith("siam") else BagViews(scenes, config.num_views, config.img_size, joint=True)
+    items = [Views(source, config.patch_size)[0, i] for i in range(12)]
+    views, noise = normalise(torch.stack([i["views"] for i in items])), torch.stack([i["noise"] for i in items])
+    with torch.no_grad():
+        right = model(views, noise=noise).patch_loss.mean(1)
+        wrong = model(torch.cat([views[:, :1], views[:, 1:].roll(1, 0)], dim=1), noise=noise).patch_loss.mean(1)
+        grey = model(torch.cat([views[:, :1], torch.zeros_like(views[:, 1:])], dim=1), noise=noise).patch_loss.mean(1)
+    assert right.mean() < .9 * wrong.mean() and right.mean() < .95 * grey.mean() and (right < wrong).float().mean() > .8

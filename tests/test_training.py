@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -582,6 +583,21 @@ def test_two_processes_compute_what_one_does(images, plain, tmp_path):
     assert json.loads((run / "environment.json").read_text())[0]["processes"] == 2
     ours, theirs = load_state(run / "model.safetensors"), load_state(plain / "model.safetensors")
     assert max((ours[k] - theirs[k]).abs().max().item() for k in ours) < 1e-3
+
+
+def test_two_processes_with_anchors(images, tmp_path):
+    "A target and three anchors from one folder read as a bag: two processes train what one does."
+    from mae_repro.methods.cdgmae import CDGMAE
+    for i in range(16):
+        (tmp_path / f"bags/{i:02d}").mkdir(parents=True)
+        for k in range(5):
+            shutil.copy(images / f"{(i + 5 * k) % 40:02d}.png", tmp_path / f"bags/{i:02d}/{k}.png")
+    config = replace(small(tmp_path / "bags"), method=CDGMAE(**SIZES, mask_ratio=.75, decoder_mlp_dim=32, decoder_dropout=0.), views=ViewsConfig(source="bag"))
+    one = train(config, tmp_path / "one")
+    process = launch(tmp_path / "two", config, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    status, said = ends(process)
+    assert status == 0, said
+    assert losses(tmp_path / "two") == pytest.approx(one, abs=1e-5) and len(one) == 4
 
 
 def test_two_processes_fail_together(images, tmp_path):

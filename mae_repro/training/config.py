@@ -150,11 +150,11 @@ def _value(hint: Any, value: Any, where: str):
             return value
     raise UserError(f"{where}: {value!r} is not a {hint}")
 
-# %% ../../nbs/training/29_config.ipynb #65be68f2
+# %% ../../nbs/training/29_config.ipynb #1022fded
 def validate(config: Config, num_images: int | None = None, processes: int = 1) -> None:
     """UserError naming the first field that cannot work, as typed on the command line, and what to do about it.
 
-    num_images: crops in an epoch, if known (to check the batch); processes: how many train together."""
+    num_images: samples in an epoch, if known (to check the batch); processes: how many train together."""
     for check in (_check_model, _check_ratios, _check_optim, _check_train, _check_data):
         for name, ok, rule in check(config):
             if not ok:
@@ -169,7 +169,7 @@ def validate(config: Config, num_images: int | None = None, processes: int = 1) 
                         f"take a multiple of {t.accumulate * processes}")
     if num_images is not None and o.batch_size > num_images:
         hint = "give --data.root, or a smaller --optim.batch-size" if config.data.root is None else "take a smaller batch or more --data.repeats"
-        raise UserError(f"--optim.batch-size {o.batch_size} is larger than the data: {num_images} crops in an epoch; {hint}")
+        raise UserError(f"--optim.batch-size {o.batch_size} is larger than the data: {num_images} samples in an epoch; {hint}")
 
 
 def _check_builds(config: Config) -> None:
