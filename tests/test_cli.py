@@ -205,7 +205,7 @@ def test_published_checkpoints(tmp_path, capsys):
     assert open_model(tmp_path / "full.pth")[1].decoder_embed_dim == 256
     images = torch.randn(1, 3, 16, 16)
     torch.testing.assert_close(open_encoder(tmp_path / "encoder.pth").forward_features(images), model.encoder.eval().forward_features(images))
-    for name, says in (("encoder.pth", "encoder only"), ("lacking.pth", "decoder.blocks.0.norm1.weight"), ("surplus.pth", "surplus")):
+    for name, says in (("encoder.pth", "encoder only"), ("lacking.pth", "decoder.blocks.0.norm_self.weight"), ("surplus.pth", "surplus")):
         with pytest.raises(UserError, match=says):
             open_model(tmp_path / name)
 
