@@ -7,9 +7,9 @@ __all__ = ['PROTOCOLS', 'at_size', 'frame_features', 'PatchPixels', 'Propagator'
            'region_similarity', 'boundary', 'contour_accuracy', 'frame_scores', 'davis_statistics', 'confusion',
            'class_iou', 'mean_iou', 'pck_counts', 'pck']
 
-# %% ../../nbs/evaluation/42_propagation.ipynb #e3db0b24
+# %% ../../nbs/evaluation/42_propagation.ipynb #fbff0c93
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 
 import numpy as np
@@ -79,7 +79,7 @@ class PatchPixels(nn.Module):
     def forward_features(self, images: Tensor) -> Tensor:
         return patchify(images, self.patch_size)
 
-# %% ../../nbs/evaluation/42_propagation.ipynb #87354f00
+# %% ../../nbs/evaluation/42_propagation.ipynb #86a363fb
 PROTOCOLS = ("cropmae", "dino")
 
 
@@ -141,7 +141,7 @@ class Propagator:
         return cos, self.labels[start:end, tall, wide].flatten(0, 2)
 
     def _joint_topk(self, query: Tensor, rows: slice, cols: slice) -> Tensor:
-        (gh, gw), (h, w) = self.keys.shape[1:3], (rows.stop - rows.start, cols.stop - cols.start)
+        (gh, gw), w = self.keys.shape[1:3], cols.stop - cols.start
         k, place = min(self.topk, gh * gw), torch.arange(len(query), device=query.device)[:, None]
         cos, where = (query @ self.keys[0].flatten(0, 1).T).topk(k, dim=1)
         near = self._within(rows.start + place // w - where // gw, cols.start + place % w - where % gw)

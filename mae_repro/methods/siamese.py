@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['initialise_siamese', 'SiamMAE', 'CropMAE']
 
-# %% ../../nbs/methods/12_siamese.ipynb #15acba15
+# %% ../../nbs/methods/12_siamese.ipynb #70e206a0
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .mae import DECODER_KEYS, ENCODER_KEYS, block_count, block_keys, sizes_of
+from .mae import DECODER_KEYS, ENCODER_KEYS, block_keys, sizes_of
 from ..parts.attention import CrossAttention
 from ..parts.decoders import RestoreDecoder
 from ..parts.masking import TargetAndAnchors

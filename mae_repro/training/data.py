@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-# %% ../../nbs/training/28_data.ipynb #d8623a71
+# %% ../../nbs/training/28_data.ipynb #9e5bb812
 from ..parts.weights import UserError
 from ..views.bags import BagViews, open_bags
 from ..views.pairs import CropViews, NeighbourViews, RandomPartners, nearest_neighbours
-from ..views.photos import Crops, EvalCrop, ImageSet, SingleCrop, open_images
+from ..views.photos import Crops, ImageSet, SingleCrop, open_images
 from ..views.samples import Source, Views
 from ..views.scenes import Scenes
 from ..views.videos import VideoViews, open_videos
