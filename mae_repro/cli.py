@@ -304,7 +304,7 @@ def _device(name: str):
         raise UserError("--device cuda: no GPU is visible to PyTorch on this machine; use --device cpu")
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
 
-# %% ../nbs/80_cli.ipynb #8d28eefe
+# %% ../nbs/80_cli.ipynb #2d6353b3
 @dataclass(frozen=True)
 class VideoArgs:
     "Which videos."
@@ -319,7 +319,7 @@ class VideoArgs:
 @dataclass(frozen=True)
 class PropagateArgs:
     "Carry the labels of each video's first frame through it with a frozen encoder, and score them (DAVIS: J and F, VIP: mIoU, JHMDB: PCK). Goes on where it was stopped."
-    encoder: Positional[str]
+    encoder: Annotated[Positional[str], arg(metavar="ENCODER")]
     "A run's folder, a checkpoint file, a timm name; or `copy-first`, which leaves the labels where they are."
     task: Literal["davis", "vip", "jhmdb"]
     data: VideoArgs = field(default_factory=VideoArgs)
@@ -356,8 +356,10 @@ def propagate(args: list[str]) -> int:
         raise UserError(f"propagate needs labelled videos: give --data.root DIR in the layout of {a.task} (mae-repro views render --layout {a.task} --out DIR makes some)")
     config = TaskConfig(a.protocol, a.topk, a.radius, a.queue, a.temperature, a.img_size, a.scored_at, a.save)
     name = f"{a.task}-{a.protocol}" + f"-untrained-{a.seed}" * a.untrained
-    out = a.out or (Path(a.encoder) / f"propagate-{name}" if Path(a.encoder).is_dir() else Path("runs/propagate") / f"{Path(a.encoder).stem}-{name}")
+    out = a.out or (Path(a.encoder) / f"propagate-{name}" if Path(a.encoder).is_dir() else Path("runs/propagate") / f"{Path(a.encoder).stem if Path(a.encoder).is_file() else a.encoder.replace('/', '_')}-{name}")
     videos = dict(limit=a.data.limit, sequences=a.data.sequences or None)
+    if a.encoder == "copy-first" and a.untrained:
+        raise UserError("copy-first has no weights that could be --untrained")
     if a.encoder == "copy-first":
         result = copy_first(a.task, a.data.root, out, config, **videos)
     else:
@@ -367,7 +369,7 @@ def propagate(args: list[str]) -> int:
     emit(result, a.json, f"{format_table(result)}\n{out}: tables and pictures of {result.videos} videos")
     return 0
 
-# %% ../nbs/80_cli.ipynb #b3a9cb05
+# %% ../nbs/80_cli.ipynb #030abeb3
 @dataclass(frozen=True)
 class PhotoArgs:
     "Photographs to paint the scenes with."
@@ -417,8 +419,12 @@ def show(args: list[str]) -> int:
     from mae_repro.training.data import open_source
     from mae_repro.training.recipes import recipe
     from mae_repro.views.pairs import show_source
+    usage = "mae-repro views show RECIPE [--views.source video] [--data.root DIR] [--out PNG]"
+    if args[:1] in (["-h"], ["--help"]):
+        print(usage)
+        return 0
     if not args or args[0].startswith("-"):
-        raise UserError("views show needs the name of a recipe first: mae-repro views show RECIPE [--views.source video] [--data.root DIR] [--out PNG]")
+        raise UserError(f"views show needs the name of a recipe first: {usage}")
     config = recipe(args[0])
     a = parse(ShowArgs[Config[type(config.method)]], args[1:], f"mae-repro views show {args[0]}", ShowArgs(config))
     if a.rows < 1:

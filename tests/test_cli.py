@@ -323,3 +323,12 @@ def test_an_encoder_without_class_token_says_so(folder, tmp_path, capsys):
     save_model(tmp_path, config.build(), config)
     assert run(["probe", str(tmp_path), "--data.root", str(folder), "--pool", "cls"]) == 2
     assert "no class token" in capsys.readouterr().err
+
+
+def test_propagate_after_a_mistake_and_for_more_pictures(trained, rendered, tmp_path, capsys):
+    "A run that finished nothing binds nobody; asking for more to be saved does the work again."
+    args = ["propagate", str(trained), "--task", "davis", "--data.root", str(rendered / "davis"), "--data.limit", "1", "--out", str(tmp_path / "o"), "--device", "cpu"]
+    assert run([*args, "--img-size", "33", "50"]) == 2
+    assert run([*args, "--img-size", "32", "48"]) == 0 and not list((tmp_path / "o").rglob("*.gif"))
+    assert run([*args, "--img-size", "32", "48", "--save", "gif", "strip"]) == 0 and list((tmp_path / "o").rglob("*.gif"))
+    assert run(["propagate", "copy-first", "--task", "davis", "--data.root", str(rendered / "davis"), "--untrained", "--out", str(tmp_path / "p")]) == 2

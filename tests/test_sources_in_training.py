@@ -166,3 +166,19 @@ def test_colours_are_changed_view_by_view(frames):
     change = b.float() - a
     assert len(jittered) == len(plain) and jittered.name(0) == plain.name(0) and change.abs().amax((1, 2, 3)).min() > 2
     assert (change[0].mean() - change[1].mean()).abs() > .5
+
+
+def test_joint_crops_and_parts_are_obeyed_by_every_source(frames, tmp_path):
+    same = Image.open(frames / "00/00000.png")
+    for part in ("train", "val"):
+        for i in range(3):
+            (tmp_path / part / f"{i}").mkdir(parents=True)
+            for t in range(4):
+                same.save(tmp_path / part / f"{i}/{t}.png")
+    torch.manual_seed(0)
+    for joint in (True, False):
+        draws = open_source(DataConfig(tmp_path), ViewsConfig(source="random-pair", joint=joint), 16, 2).draw(0)
+        assert torch.equal(draws[0], draws[1]) == joint
+    for split in ("train", "val"):
+        bags = open_source(DataConfig(tmp_path, split=split), ViewsConfig(source="bag"), 16, 2)
+        assert len(bags) == 3 and all(f"/{split}/" in bags.name(i) for i in range(3))

@@ -26,6 +26,7 @@ from mae_repro.training import checkpoints as C
 from mae_repro.training import pretrain as P
 from mae_repro.training.optimisation import adamw, cosine_lr, parameter_groups, peak_lr, set_lr
 from mae_repro.training.config import Config, config_from_dict, config_to_dict, replace_in, validate
+from mae_repro.methods.croco import CroCo
 from mae_repro.training.data import ViewsConfig
 from mae_repro.training.recipes import RECIPES, recipe, recipe_table
 
@@ -137,13 +138,16 @@ BAD = [("method.img_size", 225, "--method.img-size 225 is not a multiple of --me
 
 
 BAD_ANCHORS = [("views", ViewsConfig(source="neighbour", neighbours=2, embed="x"), "--views.neighbours 2"), ("method.num_anchors", 0, "--method.num-anchors"), ("method.anchor_mask_ratio", 1., "--method.anchor-mask-ratio"), ("method.decoder_dropout", 1., "--method.decoder-dropout"),
-               ("views.source", "crop", "this method needs 4"), ("method.decoder_order", ("cross", "cross"), "--method"), ("method.decoder_mlp_dim", 0, "--method.decoder-mlp-dim")]
+               ("views.source", "crop", "this method needs 4"), ("method.decoder_order", ("cross", "cross"), "--method"), ("method.decoder_mlp_dim", 0, "--method.decoder-mlp-dim"),
+               ("method.decoder_order", ("mlp", "self"), "never reads the anchors"), ("views", ViewsConfig(source="video", gap=(1, 3)), "too few gaps"),
+               ("method", CroCo(embed_dim=64, num_heads=32, positions="rope"), "multiple of 4"), ("method", CroCo(img_size=16, patch_size=8, mask_ratio=.1), "--method")]
 
 
 @pytest.mark.parametrize("field, value, said", BAD_ANCHORS)
 def test_bad_cross_view_configs_name_the_field(field, value, said):
     with pytest.raises(UserError) as error:
-        validate(replace_in(recipe("cdgmae-a3"), field, value))
+        config = replace_in(recipe("cdgmae-a3"), field, value)
+        validate(replace_in(config, "views.source", "bag") if field == "method" else config)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 

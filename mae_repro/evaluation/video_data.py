@@ -25,7 +25,7 @@ from ..parts.patches import IMAGENET_MEAN, IMAGENET_STD
 from ..parts.weights import UserError
 from ..views.photos import BrokenImage, load_image
 
-# %% ../../nbs/evaluation/43_video_data.ipynb #4436a407
+# %% ../../nbs/evaluation/43_video_data.ipynb #17089af8
 Task = Literal["davis", "vip", "jhmdb"]
 TASKS: tuple[Task, ...] = ("davis", "vip", "jhmdb")
 IMAGES = (".jpg", ".jpeg", ".png")
@@ -98,6 +98,7 @@ def open_videos(task: Task, root: str | Path, sequences: Sequence[str] | None = 
     """The videos of a data set in the layout above: all that are listed, or those named in `sequences`, at most `limit`.
 
     UserError naming the path if the folder, a list, frames or annotations are missing, or a name is unknown."""
+    sequences = list(dict.fromkeys(sequences)) if sequences else None
     root = Path(root)
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit} leaves no video: give at least 1")
@@ -175,7 +176,7 @@ def prepare_labels(ids: np.ndarray, colours: np.ndarray, size: tuple[int, int], 
     one_hot = torch.stack([small == n for n in classes]).float()
     return F.interpolate(one_hot[None], grid, mode="bilinear", align_corners=False)[0].permute(1, 2, 0).contiguous(), classes
 
-# %% ../../nbs/evaluation/43_video_data.ipynb #8f6e89e6
+# %% ../../nbs/evaluation/43_video_data.ipynb #4a767478
 class Truth:
     """Given id maps of a video, `truth[t]` (H, W) uint8, resized to `size` by nearest pixels if one is given; `colours` (256, 3) of the ids.
 
@@ -198,6 +199,11 @@ class Truth:
 
     def __len__(self) -> int:
         return len(self.video.truth)
+
+    def given(self, t: int) -> np.ndarray:
+        "The ids of frame t as they are, those from `classes` on included: VIP's score leaves such pixels out."
+        ids = self._ids(t)[0]
+        return np.array(nearest(Image.fromarray(ids), self.size)) if self.size else ids
 
     def __getitem__(self, t: int) -> np.ndarray:
         ids = self._ids(t)[0]

@@ -7,9 +7,10 @@ __all__ = ['PUBLISHED', 'PCK', 'TaskConfig', 'predict_masks', 'predict_joints', 
            'summarise', 'intervals', 'colour_table', 'overlay', 'filmstrip', 'fingerprint', 'Folder', 'TaskResult',
            'run_task', 'copy_first', 'score_davis_predictions', 'format_table']
 
-# %% ../../nbs/evaluation/45_video_tasks.ipynb #e0596b34
+# %% ../../nbs/evaluation/45_video_tasks.ipynb #1ba360b4
 import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -122,7 +123,7 @@ def predict_joints(encoder: nn.Module, video: Video, joints: np.ndarray, config:
     for soft in _soft(at_size(encoder, size), images, labels, config, device):
         yield to_pixels(joint_places(soft).cpu().numpy(), grid, native)
 
-# %% ../../nbs/evaluation/45_video_tasks.ipynb #63d4342d
+# %% ../../nbs/evaluation/45_video_tasks.ipynb #cddb13f2
 PCK = (0.1, 0.2)
 
 
@@ -142,7 +143,7 @@ def judge_davis(name: str, preds: Iterable[np.ndarray], truth: Truth) -> dict:
 
 def judge_vip(name: str, preds: Iterable[np.ndarray], truth: Truth) -> dict:
     "Counts of pixels by class over all frames, the first included."
-    counts = sum(confusion(pred, truth[t]) for t, pred in enumerate(preds))
+    counts = sum(confusion(pred, truth.given(t)) for t, pred in enumerate(preds))
     kept = dict(hit=np.diag(counts).tolist(), truth=counts.sum(1).tolist(), pred=counts.sum(0).tolist())
     iou = class_iou(counts)
     return dict(rows=[dict(video=name, frames=len(truth), classes=int(np.isfinite(iou).sum()), mIoU=float(np.nanmean(iou)))], details=kept)
@@ -242,7 +243,7 @@ def _save_video(out: Path, video: Video, pictures: dict[int, Image.Image], preds
     elif preds:
         np.save(out / "predictions" / stem / "joints.npy", np.stack(preds, axis=2))
 
-# %% ../../nbs/evaluation/45_video_tasks.ipynb #103fe1c4
+# %% ../../nbs/evaluation/45_video_tasks.ipynb #8116982e
 def fingerprint(encoder: nn.Module) -> str:
     "16 hexadecimal digits that change with any weight, its name or shape, with the kind of encoder or its patch size."
     sums = hashlib.sha256(f"{type(encoder).__name__} {encoder_patch_size(encoder)}".encode())
@@ -272,11 +273,10 @@ class Folder:
         settings = json.loads(json.dumps(settings))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if own.is_file():
-                self._compare(json.loads(own.read_text()), settings)
-            else:
-                _write(own, json.dumps(settings, indent=1))
             self.finished = dict(json.loads(done.read_text())) if done.is_file() else {}
+            if own.is_file() and self.finished:   # a run that finished nothing, perhaps because of a wrong option, binds nobody
+                self._compare(json.loads(own.read_text()), settings)
+            _write(own, json.dumps(settings, indent=1))
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError):
             raise UserError(f"{self.path}: its settings.json or finished.json is damaged: choose another folder, or delete this one") from None
         except OSError as error:
@@ -295,13 +295,13 @@ class Folder:
         if self.path:
             _write(self.path / "finished.json", json.dumps(self.finished))
             rows = [row for video in self.finished.values() for row in video["rows"]]
-            with open(self.path / "scores.csv.tmp", "w", newline="") as file:
-                table = csv.DictWriter(file, rows[0].keys())
-                table.writeheader()
-                table.writerows(rows)
-            os.replace(self.path / "scores.csv.tmp", self.path / "scores.csv")
+            text = io.StringIO(newline="")
+            table = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
+            _write(self.path / "scores.csv", text.getvalue())
 
-# %% ../../nbs/evaluation/45_video_tasks.ipynb #79f4cbaf
+# %% ../../nbs/evaluation/45_video_tasks.ipynb #52ba8a81
 @dataclass(frozen=True)
 class TaskResult:
     """`scores` 0..1 over all videos with 95 % `intervals` (over videos; none for one), `rows` for each object (davis) or video, `settings` as used, `seconds` of work.
@@ -325,7 +325,7 @@ def _run(task: Task, videos: list[Video], out, config: TaskConfig, settings: dic
     with bar:
         for video in videos:
             bar.set_description(video.name)
-            if video.name in folder.finished:
+            if video.name in folder.finished and (not folder.path or set(config.save) <= set(folder.finished[video.name].get("save", ()))):
                 bar.update(len(video.frames))
                 continue
             start, truth = time.perf_counter(), _truth(task, video, config)
@@ -336,7 +336,7 @@ def _run(task: Task, videos: list[Video], out, config: TaskConfig, settings: dic
                     yield pred
                     bar.update()
             judged = judge(video.name, _keep(video, counted(predict(video, truth)), folder.path, config.save, total), truth)
-            folder.add(video.name, judged | dict(frames=total, seconds=round(time.perf_counter() - start, 2)))
+            folder.add(video.name, judged | dict(frames=total, seconds=round(time.perf_counter() - start, 2), save=list(config.save)))
     done = [folder.finished[v.name] for v in videos]
     result = TaskResult(task, settings["encoder"], summarise(task, done), intervals(task, done), [row for d in done for row in d["rows"]], settings, len(done),
                         sum(d["frames"] for d in done), round(sum(d["seconds"] for d in done), 2))

@@ -33,7 +33,7 @@ def initialise_siamese(model: nn.Module) -> nn.Module:
             module.kv.weight.copy_(packed[len(module.q.weight):])
     return model
 
-# %% ../../nbs/methods/12_siamese.ipynb #4e8d2086
+# %% ../../nbs/methods/12_siamese.ipynb #ab640e29
 @dataclass(frozen=True)
 class SiamMAE(ModelConfig):
     "Siamese masked autoencoder (Gupta et al. 2023): the target, nearly all hidden, is completed from an earlier frame."
@@ -70,6 +70,8 @@ class SiamMAE(ModelConfig):
         "The model, initialised as published. ValueError for sizes that do not fit."
         if self.num_anchors < 1:
             raise ValueError(f"num_anchors {self.num_anchors} leaves nothing to complete the target from; give 1 or more")
+        if "cross" not in self.decoder_order:
+            raise ValueError(f"decoder_order {self.decoder_order} never reads the anchors: it needs the step cross")
         decoder = RestoreDecoder(**self.decoder_sizes(), order=self.decoder_order, pre_norm=self.decoder_pre_norm, mlp_dim=self.decoder_mlp_dim,
                                  dropout=self.decoder_dropout)
         masking = TargetAndAnchors(self.build_masking(), self.anchor_mask_ratio)

@@ -15,12 +15,13 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 
-# %% ../../nbs/training/29_config.ipynb #707e3600
+# %% ../../nbs/training/29_config.ipynb #f67fd1e7
 from ..methods.catalogue import METHODS
+from ..parts.masking import Masks
 from ..parts.weights import UserError
 from .data import DataConfig, ViewsConfig
 
-# %% ../../nbs/training/29_config.ipynb #8bf263bc
+# %% ../../nbs/training/29_config.ipynb #5e69b420
 M = TypeVar("M")
 
 
@@ -55,7 +56,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    "How the training is run. Apart from seed and precision, nothing here changes what is computed, beyond rounding."
+    "How the training is run. Apart from seed and precision, nothing here changes what is computed beyond rounding, except that `accumulate` draws other dropout."
     seed: int = 0
     "Seed of the initial weights, the order of the data, the crops and the masks."
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -63,7 +64,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     "Arithmetic of the forward pass; auto: bf16 on a GPU that has it, else fp16 on CUDA, else fp32."
     accumulate: int = 1
-    "Micro-batches added up before a step: less memory, the same result."
+    "Micro-batches added up before a step: less memory, the same result (with dropout: another draw of it)."
     compile: bool = False
     "torch.compile of the model: a minute at the start, faster steps."
     checkpointing: bool = False
@@ -150,7 +151,7 @@ def _value(hint: Any, value: Any, where: str):
             return value
     raise UserError(f"{where}: {value!r} is not a {hint}")
 
-# %% ../../nbs/training/29_config.ipynb #1022fded
+# %% ../../nbs/training/29_config.ipynb #68e5aea7
 def validate(config: Config, num_images: int | None = None, processes: int = 1) -> None:
     """UserError naming the first field that cannot work, as typed on the command line, and what to do about it.
 
@@ -173,13 +174,18 @@ def validate(config: Config, num_images: int | None = None, processes: int = 1) 
 
 
 def _check_builds(config: Config) -> None:
-    "What only the method knows (which blocks it may mix, which grids it can mask): build the model without memory, and one mask."
+    "What only the method knows (which blocks it may mix, which grids it can mask): build the model and run it, both without memory."
     import torch
     (gh, gw), m = config.method.grid, config.method
     try:
         with torch.device("meta"):
             model = m.build()
-        model.masking(torch.rand(1, m.num_views, gh * gw), (gh, gw))
+        masks = model.masking(torch.rand(1, m.num_views, gh * gw), (gh, gw))
+        if not any(ids.numel() for ids in masks.predicted):
+            raise ValueError(f"mask_ratio {m.mask_ratio} hides none of {gh * gw} patches")
+        weightless = Masks(masks.hidden.to("meta"), masks.predict.to("meta"), *(tuple(ids.to("meta") for ids in roles) for roles in masks[2:]))
+        with torch.device("meta"), torch.no_grad():
+            model.reconstruct(torch.empty(1, m.num_views, 3, *model.encoder.img_size), weightless)
     except ValueError as error:
         raise UserError(f"--method: {error}") from None
 
@@ -261,6 +267,7 @@ def _check_data(config: Config) -> Checks:
     yield "views.ratio", 0 < v.ratio[0] <= v.ratio[1], "must be two ratios of width to height, 0 < smallest <= largest"
     yield "views.source", v.source != "crop" or needed == 1, f"gives one view, and this method needs {needed}: choose crop-pair, video, bag, neighbour or random-pair"
     yield "views.gap", 1 <= v.gap[0] < v.gap[1], "must be two numbers of frames, 1 <= smallest < largest (which is not reached)"
+    yield "views.gap", v.source != "video" or needed <= v.gap[1], f"has too few gaps for {needed - 1} anchors"
     yield "views.together", v.together > 0, "must be positive"
     yield "views.neighbours", v.source != "neighbour" or v.neighbours >= max(needed - 1, 1), f"is too few: this method needs {needed - 1} anchors"
     yield "views.embed", v.source != "neighbour" or bool(v.embed), "is missing: --views.source neighbour needs an encoder that says which images are alike (a run, a checkpoint, a timm name)"

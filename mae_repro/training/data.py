@@ -92,7 +92,7 @@ class Jittered:
         change = v2.ColorJitter(self.amount, self.amount, self.amount)
         return torch.stack([change(view) for view in self.source.draw(i)])
 
-# %% ../../nbs/training/28_data.ipynb #4a3f7a16
+# %% ../../nbs/training/28_data.ipynb #8d167f7e
 BUILT_IN_SAMPLES = 2000
 
 
@@ -105,7 +105,7 @@ def open_source(data: DataConfig, views: ViewsConfig, img_size: int | tuple[int,
     if views.source == "video":
         source = VideoViews(_sequences(data, img_size, partial(open_videos, split=data.split)), gap=views.gap, joint=joint, **cut)
     elif views.source == "bag":
-        source = BagViews(_sequences(data, img_size, open_bags), target=views.target, joint=joint, **cut)
+        source = BagViews(_sequences(data, img_size, partial(_bags_of, split=data.split)), target=views.target, joint=joint, **cut)
     else:
         images = open_images(data.root, data.split if data.root else None, data.limit)
         source = _of_images(images, views, joint, cut)
@@ -120,6 +120,11 @@ def _sequences(data: DataConfig, img_size: int | tuple[int, int], open_them):
     return Scenes(num=min(data.limit or 200, 200), num_frames=24, size=tuple(math.ceil(1.5 * side) for side in sides))
 
 
+def _bags_of(root: Path, limit: int | None, split: str):
+    "The bags of one part, where the folder has parts."
+    return open_bags(root / split if (root / split).is_dir() else root, limit)
+
+
 def _of_images(images: ImageSet, views: ViewsConfig, joint: bool, cut: dict) -> Source:
     if views.source == "crop":
         return Crops(images, SingleCrop(cut["img_size"], views.scale, views.ratio, views.flip, views.interpolation))
@@ -128,9 +133,9 @@ def _of_images(images: ImageSet, views: ViewsConfig, joint: bool, cut: dict) -> 
     if len(images) < cut["num_views"]:
         raise UserError(f"--views.source {views.source} draws {cut['num_views']} different images for a sample, and there are {len(images)}")
     if views.source == "random-pair":
-        return RandomPartners(images, **cut)
+        return RandomPartners(images, joint=joint, **cut)
     embed, settings = _embedding(views.embed)
-    return NeighbourViews(images, neighbours=nearest_neighbours(images, embed, views.neighbours, progress=True, **settings), **cut)
+    return NeighbourViews(images, neighbours=nearest_neighbours(images, embed, views.neighbours, progress=True, **settings), joint=joint, **cut)
 
 
 def _embedding(spec: str):

@@ -127,7 +127,7 @@ def environment() -> dict:
             "system": platform.platform(), "cores": os.cpu_count(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "command": sys.argv}
 
-# %% ../../nbs/training/33_pretrain.ipynb #d4bd889f
+# %% ../../nbs/training/33_pretrain.ipynb #136a195b
 _FREE = {"data": ("root", "workers"), "train": ("device", "accumulate", "compile", "checkpointing", "save_every", "keep_every", "log_every",
                                                "figure_every", "probe_every", "wandb")}
 
@@ -135,7 +135,8 @@ _FREE = {"data": ("root", "workers"), "train": ("device", "accumulate", "compile
 def fingerprint(config: Config) -> str:
     "A short hash of everything in the config that changes what is computed."
     plain = config_to_dict(config)
-    kept = {k: {n: x for n, x in v.items() if n not in _FREE.get(k, ())} if isinstance(v, dict) else v for k, v in plain.items()}
+    free = _FREE | {"train": tuple(n for n in _FREE["train"] if n != "accumulate" or not getattr(config.method, "decoder_dropout", 0))}
+    kept = {k: {n: x for n, x in v.items() if n not in free.get(k, ())} if isinstance(v, dict) else v for k, v in plain.items()}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../../nbs/training/33_pretrain.ipynb #6349c89b

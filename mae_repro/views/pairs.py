@@ -156,18 +156,19 @@ class CropViews:
                 show(first if self.strategy == "GlobalToLocal" and a == 1 else wide.cut(photo, wide.box(photo)))
         return torch.stack(views)
 
-# %% ../../nbs/views/22_pairs.ipynb #e04a51ed
+# %% ../../nbs/views/22_pairs.ipynb #7cd9894f
 @dataclass(frozen=True, eq=False)
 class RandomPartners:
     """Image i as the target, other images drawn at random as anchors: two views that agree on nothing, the floor of every measure of consistency (random pairs in CDG-MAE).
 
-    Each view has a crop and a coin of its own. UserError if there are fewer images than views."""
+    Each view has a crop and a coin of its own, or all share one (`joint`). UserError if there are fewer images than views."""
     images: ImageSet
     num_views: int = 2
     img_size: int | tuple[int, int] = 224
     scale: tuple[float, float] = (.5, 1.)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
+    joint: bool = False
 
     def __post_init__(self):
         check_views(self.num_views)
@@ -189,7 +190,7 @@ class RandomPartners:
         return distinct(len(self), self.num_views - 1, exclude=i)
 
     def draw(self, i: int) -> Tensor:
-        return self._crop([self.images.load(k) for k in (i, *self.partners(i))])
+        return self._crop([self.images.load(k) for k in (i, *self.partners(i))], self.joint)
 
 
 @dataclass(frozen=True, eq=False)
