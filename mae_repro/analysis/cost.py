@@ -16,12 +16,11 @@ from ..parts.masking import Masks
 from ..parts.model import MaskedAutoencoder, ModelConfig
 from ..training.optimisation import adamw, parameter_groups
 
-# %% ../../nbs/analysis/53_cost.ipynb #f0ec7a4d
+# %% ../../nbs/analysis/53_cost.ipynb #ac0f46f9
 def _empty_masks(config: ModelConfig, model: MaskedAutoencoder) -> Masks:
     "Masks on the meta device with the counts that one sample of this configuration has."
     gh, gw = config.grid
-    masks = model.masking(torch.rand(1, config.num_views, gh * gw, device="cpu"), (gh, gw))
-    return Masks(masks.hidden.to("meta"), masks.predict.to("meta"), *(tuple(x.to("meta") for x in role) for role in masks[2:]))
+    return model.masking(torch.rand(1, config.num_views, gh * gw, device="cpu"), (gh, gw)).to("meta")
 
 
 def forward_gflops(config: ModelConfig) -> dict[str, float]:

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'PCK', 'TaskConfig', 'predict_masks', 'predict_joints', 'judge_davis', 'judge_vip', 'judge_jhmdb',
-           'summarise', 'intervals', 'colour_table', 'overlay', 'filmstrip', 'fingerprint', 'Folder', 'TaskResult',
-           'run_task', 'copy_first', 'score_davis_predictions', 'format_table']
+           'summarise', 'intervals', 'colour_table', 'overlay', 'filmstrip', 'Folder', 'TaskResult', 'run_task',
+           'copy_first', 'score_davis_predictions', 'format_table']
 
-# %% ../../nbs/evaluation/45_video_tasks.ipynb #1ba360b4
+# %% ../../nbs/evaluation/45_video_tasks.ipynb #cdffd2b2
 import csv
-import hashlib
 import io
 import json
 import math
@@ -29,8 +28,9 @@ from tqdm import tqdm
 from .propagation import Propagator, at_size, class_iou, confusion, davis_statistics, frame_features, frame_scores, pck_counts, pixel_labels
 from .video_data import (TASKS, Task, Truth, Video, input_size, joint_maps, joint_places, nearest, open_videos, prepare_frame, prepare_labels, read_frame,
                                              read_ids, read_joints, to_pixels)
-from ..parts.features import encoder_patch_size
+from ..parts.features import encoder_patch_size, fingerprint
 from ..parts.weights import UserError
+from ..views.layouts import davis_palette
 from ..views.photos import BrokenImage
 
 # %% ../../nbs/evaluation/45_video_tasks.ipynb #908a0d2c
@@ -179,11 +179,10 @@ def intervals(task: Task, judged: Sequence[dict], draws: int = 1000) -> dict[str
     found = [summarise(task, [judged[i] for i in random.integers(len(judged), size=len(judged))]) for _ in range(draws)]
     return {key: tuple(np.nanpercentile([f[key] for f in found], (2.5, 97.5)).tolist()) for key in found[0]}
 
-# %% ../../nbs/evaluation/45_video_tasks.ipynb #d7b0183f
+# %% ../../nbs/evaluation/45_video_tasks.ipynb #6bee0402
 def colour_table() -> np.ndarray:
-    "Colours (256, 3) uint8 of ids, those of DAVIS and PASCAL VOC: bits of the id are dealt to red, green and blue, highest first."
-    ids = np.arange(256)
-    return np.stack([sum(((ids >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3)) for channel in range(3)], axis=1).astype(np.uint8)
+    "Colours (256, 3) uint8 of ids, those of DAVIS and PASCAL VOC."
+    return np.array(davis_palette(), np.uint8).reshape(256, 3)
 
 
 def overlay(image: Image.Image, pred: np.ndarray, height: int = 120) -> Image.Image:
@@ -238,21 +237,12 @@ def _save_video(out: Path, video: Video, pictures: dict[int, Image.Image], preds
     if preds and preds[0].dtype == np.uint8:
         for frame, pred in zip(video.frames, preds):
             image = Image.fromarray(pred)
-            image.putpalette(colour_table().ravel().tolist())
+            image.putpalette(davis_palette())
             image.save(out / "predictions" / stem / f"{frame.stem}.png")
     elif preds:
         np.save(out / "predictions" / stem / "joints.npy", np.stack(preds, axis=2))
 
-# %% ../../nbs/evaluation/45_video_tasks.ipynb #8116982e
-def fingerprint(encoder: nn.Module) -> str:
-    "16 hexadecimal digits that change with any weight, its name or shape, with the kind of encoder or its patch size."
-    sums = hashlib.sha256(f"{type(encoder).__name__} {encoder_patch_size(encoder)}".encode())
-    for name, tensor in sorted(encoder.state_dict().items()):
-        sums.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sums.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return sums.hexdigest()[:16]
-
-
+# %% ../../nbs/evaluation/45_video_tasks.ipynb #7bf01c85
 def _write(path: Path, text: str):
     "Aside first, then renamed: a crash never leaves half a file."
     aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")

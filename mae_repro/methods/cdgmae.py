@@ -5,14 +5,12 @@
 # %% auto #0
 __all__ = ['CDGMAE']
 
-# %% ../../nbs/methods/14_cdgmae.ipynb #df07d582
+# %% ../../nbs/methods/14_cdgmae.ipynb #2695a84f
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from .siamese import SiamMAE
 
-# %% ../../nbs/methods/14_cdgmae.ipynb #ee81e8d4
+# %% ../../nbs/methods/14_cdgmae.ipynb #ac83f733
 @dataclass(frozen=True)
 class CDGMAE(SiamMAE):
     "CDG-MAE: N anchors, each independently masked, their visible tokens side by side as keys and values (no public code; from the paper's text)."
@@ -22,8 +20,3 @@ class CDGMAE(SiamMAE):
     "N: views that the target is completed from"
     anchor_mask_ratio: float = .25
     "r_a: share of each anchor's patches that is dropped before the encoder"
-
-    @classmethod
-    def recognises(cls, state: dict[str, Tensor]) -> bool:
-        "Never: weights alone look like CropMAE's."
-        return False

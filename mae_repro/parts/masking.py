@@ -29,7 +29,7 @@ def keep_and_predict(l: int, mask_ratio: float, prediction_ratio: float | None =
         raise ValueError(f"prediction_ratio {prediction_ratio} is not between 0 and the mask_ratio {mask_ratio}")
     return keep, l - keep - int(l * (mask_ratio - prediction_ratio)) if prediction_ratio else 0
 
-# %% ../../nbs/parts/03_masking.ipynb #23eef5a4
+# %% ../../nbs/parts/03_masking.ipynb #7a291b34
 class Masks(NamedTuple):
     """Hidden and predicted patches of a batch of views; True = hidden. Indices count patches in raster order, without cls.
 
@@ -39,6 +39,10 @@ class Masks(NamedTuple):
     predict: Tensor
     visible: tuple[Tensor, ...]
     predicted: tuple[Tensor, ...]
+
+    def to(self, device) -> "Masks":
+        "The same masks on another device."
+        return Masks(self.hidden.to(device), self.predict.to(device), *(tuple(ids.to(device) for ids in role) for role in (self.visible, self.predicted)))
 
     @staticmethod
     def given(hidden: Tensor, predict: Tensor | None = None) -> "Masks":

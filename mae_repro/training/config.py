@@ -15,9 +15,8 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 
-# %% ../../nbs/training/29_config.ipynb #f67fd1e7
+# %% ../../nbs/training/29_config.ipynb #707e3600
 from ..methods.catalogue import METHODS
-from ..parts.masking import Masks
 from ..parts.weights import UserError
 from .data import DataConfig, ViewsConfig
 
@@ -151,7 +150,7 @@ def _value(hint: Any, value: Any, where: str):
             return value
     raise UserError(f"{where}: {value!r} is not a {hint}")
 
-# %% ../../nbs/training/29_config.ipynb #68e5aea7
+# %% ../../nbs/training/29_config.ipynb #b385856f
 def validate(config: Config, num_images: int | None = None, processes: int = 1) -> None:
     """UserError naming the first field that cannot work, as typed on the command line, and what to do about it.
 
@@ -183,9 +182,8 @@ def _check_builds(config: Config) -> None:
         masks = model.masking(torch.rand(1, m.num_views, gh * gw), (gh, gw))
         if not any(ids.numel() for ids in masks.predicted):
             raise ValueError(f"mask_ratio {m.mask_ratio} hides none of {gh * gw} patches")
-        weightless = Masks(masks.hidden.to("meta"), masks.predict.to("meta"), *(tuple(ids.to("meta") for ids in roles) for roles in masks[2:]))
         with torch.device("meta"), torch.no_grad():
-            model.reconstruct(torch.empty(1, m.num_views, 3, *model.encoder.img_size), weightless)
+            model.reconstruct(torch.empty(1, m.num_views, 3, *model.encoder.img_size), masks.to("meta"))
     except ValueError as error:
         raise UserError(f"--method: {error}") from None
 

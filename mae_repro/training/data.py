@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['BUILT_IN_SAMPLES', 'DataConfig', 'ViewsConfig', 'Jittered', 'open_source', 'open_views']
 
-# %% ../../nbs/training/28_data.ipynb #d5caacef
-import hashlib
+# %% ../../nbs/training/28_data.ipynb #4c2a90cf
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -92,7 +91,7 @@ class Jittered:
         change = v2.ColorJitter(self.amount, self.amount, self.amount)
         return torch.stack([change(view) for view in self.source.draw(i)])
 
-# %% ../../nbs/training/28_data.ipynb #8d167f7e
+# %% ../../nbs/training/28_data.ipynb #f0240e5e
 BUILT_IN_SAMPLES = 2000
 
 
@@ -141,13 +140,11 @@ def _of_images(images: ImageSet, views: ViewsConfig, joint: bool, cut: dict) -> 
 def _embedding(spec: str):
     "A function from uint8 images (B, 3, H, W) to vectors (B, D), the mean of an encoder's patch tokens; the size it wants, and a name that changes with its weights."
     from mae_repro.methods.catalogue import open_encoder
-    from mae_repro.parts.features import extract
+    from mae_repro.parts.features import extract, fingerprint
     from mae_repro.parts.patches import normalise
-    encoder, digest = open_encoder(spec), hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    encoder = open_encoder(spec)
     size = getattr(encoder, "img_size", None) or encoder.patch_embed.img_size
-    return lambda images: extract(encoder, normalise(images)), dict(name=f"{spec} {digest.hexdigest()[:16]}", img_size=min(size))
+    return lambda images: extract(encoder, normalise(images)), dict(name=f"{spec} {fingerprint(encoder)}", img_size=min(size))
 
 
 def open_views(data: DataConfig, views: ViewsConfig, method, seed: int) -> Views:

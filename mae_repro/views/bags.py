@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-# %% ../../nbs/views/24_bags.ipynb #d1123c91
+# %% ../../nbs/views/24_bags.ipynb #fc3b742d
 from ..parts.weights import UserError, cache_dir
 from .pairs import Crop, check_views, distinct
-from .photos import BrokenImage, load_image
-from .videos import Listed, Sequences, is_picture, natural
+from .photos import BrokenImage, is_picture, load_image, walk
+from .videos import Listed, Sequences, natural
 
 # %% ../../nbs/views/24_bags.ipynb #6c34d026
 log = logging.getLogger(__name__)
@@ -159,27 +159,13 @@ def _shards(root: Path, paths: list[str]) -> BagShards:
     sizes = np.concatenate(sizes)
     return BagShards(np.array(names), str(root), sizes, tuple(str(root / path) for path in paths), np.concatenate(shard), np.cumsum(sizes) - sizes, np.concatenate(spans))
 
-# %% ../../nbs/views/24_bags.ipynb #920b9b3e
+# %% ../../nbs/views/24_bags.ipynb #cd7656ed
 def _seen(root: Path) -> tuple[list[str], dict[str, int], list[str]]:
-    "Relative paths of tar files below a folder, {folder with a real image: pictures right in it}, and folders of pictures without one. Every folder once, however links lead to it."
-    tars, bags, others, seen, stack = [], {}, [], set(), [""]
-    while stack:
-        here, pictures = stack.pop(), []
-        info = os.stat(root / here)
-        if (info.st_dev, info.st_ino) in seen:
-            continue
-        seen.add((info.st_dev, info.st_ino))
-        with os.scandir(root / here) as entries:
-            for entry in entries:
-                name = f"{here}/{entry.name}" if here else entry.name
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    stack.append(name)
-                elif name.endswith(".tar"):
-                    tars.append(name)
-                elif is_picture(entry.name):
-                    pictures.append(entry.name)
+    "Relative paths of tar files below a folder, {folder with a real image: pictures right in it}, and folders of pictures without one."
+    tars, bags, others = [], {}, []
+    for here, files in walk(root):
+        pictures = [os.path.basename(name) for name in files if is_picture(name)]
+        tars += [name for name in files if name.endswith(".tar")]
         if bag_order(pictures):
             bags[here] = len(pictures)
         elif pictures:

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['EXTENSIONS', 'SPLITS', 'PHOTOGRAPHS', 'BrokenImage', 'load_image', 'ImageSet', 'Files', 'BuiltIn', 'Encoded',
-           'Pixels', 'open_images', 'SingleCrop', 'EvalCrop', 'Crops']
+           'Pixels', 'walk', 'is_picture', 'open_images', 'SingleCrop', 'EvalCrop', 'Crops']
 
-# %% ../../nbs/views/20_photos.ipynb #7e44fa18
+# %% ../../nbs/views/20_photos.ipynb #72522a05
 import importlib.util
 import io
 import os
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -152,33 +152,31 @@ class Pixels(ImageSet):
     def load(self, i):
         return Image.fromarray(self.pixels[i])
 
-# %% ../../nbs/views/20_photos.ipynb #03724436
+# %% ../../nbs/views/20_photos.ipynb #1a9709d1
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 
 
-def _walk(root: str) -> tuple[list[str], int]:
-    "Sorted relative paths of all image files below `root`, and the number of other files. Every folder once, however links lead to it; no hidden ones."
-    found, others, seen, stack = [], 0, set(), [""]
+def walk(root: str | Path) -> Iterator[tuple[str, list[str]]]:
+    "Every folder below `root` once, however links lead to it, none hidden: its relative path ('' for root itself) and the relative paths of the files in it."
+    seen, stack = set(), [""]
     while stack:
         here = stack.pop()
-        folder, folders = os.path.join(root, here), []
+        folder, folders, files = os.path.join(root, here), [], []
         info = os.stat(folder)
         if (info.st_dev, info.st_ino) in seen:
             continue
         seen.add((info.st_dev, info.st_ino))
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                name = f"{here}/{entry.name}" if here else entry.name
-                if entry.is_dir():
-                    folders.append(name)
-                elif os.path.splitext(name)[1].lower() in EXTENSIONS:
-                    found.append(name)
-                else:
-                    others += 1
+                if not entry.name.startswith("."):
+                    (folders if entry.is_dir() else files).append(f"{here}/{entry.name}" if here else entry.name)
+        yield here, files
         stack += sorted(folders, reverse=True)
-    return sorted(found), others
+
+
+def is_picture(name: str) -> bool:
+    "Has this file the name of a picture?"
+    return not os.path.basename(name).startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def _folders(root: Path) -> list[str]:
@@ -188,9 +186,10 @@ def _folders(root: Path) -> list[str]:
 
 def _files(root: Path, classes: list[str] = ()) -> Files:
     "All images below a folder; classes are the first-level folders, numbered within `classes` if they are all among them, if every image lies in one."
-    found, others = _walk(str(root))
+    files = [name for _, names in walk(root) for name in names]
+    found = sorted(filter(is_picture, files))
     if not found:
-        raise UserError(f"no images in {root}: looked for {' '.join(EXTENSIONS)} in it and all folders below, and saw {others} other files. "
+        raise UserError(f"no images in {root}: looked for {' '.join(EXTENSIONS)} in it and all folders below, and saw {len(files)} other files. "
                         "Give the folder that holds the images")
     first = [name.partition("/")[0] if "/" in name else None for name in found]
     labels, names = None, ()

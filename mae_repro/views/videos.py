@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONE_TO_ONE', 'TURNS', 'VIDEO_EXTENSIONS', 'Sequences', 'Listed', 'Index', 'Video', 'open_video', 'VideoFiles',
-           'natural', 'is_picture', 'FrameFolders', 'open_videos', 'VideoViews']
+           'natural', 'FrameFolders', 'open_videos', 'VideoViews']
 
 # %% ../../nbs/views/23_videos.ipynb #4bcd3302
 import os
@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-# %% ../../nbs/views/23_videos.ipynb #715ba434
+# %% ../../nbs/views/23_videos.ipynb #9062de4f
 from ..parts.weights import UserError
 from .pairs import Crop, check_views, distinct
-from .photos import EXTENSIONS, SPLITS, BrokenImage, load_image
+from .photos import SPLITS, BrokenImage, is_picture, load_image, walk
 
 # %% ../../nbs/views/23_videos.ipynb #2c04b07a
 class Sequences(Protocol):
@@ -214,7 +214,7 @@ def open_video(path: str) -> Video:
         return _kept.video
     return Video(path)  # and let it say what is wrong
 
-# %% ../../nbs/views/23_videos.ipynb #d43d4a84
+# %% ../../nbs/views/23_videos.ipynb #d190b6b5
 VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".mts", ".m2ts", ".wmv", ".flv", ".3gp", ".ogv")
 
 
@@ -243,11 +243,6 @@ def _pictures(folder: str) -> tuple[str, ...]:
         return tuple(sorted((e.name for e in entries if is_picture(e.name)), key=natural))
 
 
-def is_picture(name: str) -> bool:
-    "Has this file the name of a picture?"
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
 @dataclass(frozen=True, eq=False)
 class FrameFolders(Listed):
     "Sequences: folders of pictures below `root`, one picture a frame, in the natural order of their names; `names` are relative paths of folders."
@@ -267,27 +262,14 @@ class FrameFolders(Listed):
         folder, files = self.name(i), self._files(i)
         return [load_image(os.path.join(folder, files[t])) for t in ids]
 
-# %% ../../nbs/views/23_videos.ipynb #db126005
+# %% ../../nbs/views/23_videos.ipynb #ea56a595
 def _found(root: Path) -> tuple[list[str], dict[str, int]]:
-    "Relative paths of the video files below a folder, and {folder: number of pictures right in it}, both sorted. Every folder once, however links lead to it."
-    videos, pictures, seen, stack = [], {}, set(), [""]
-    while stack:
-        here = stack.pop()
-        info = os.stat(root / here)
-        if (info.st_dev, info.st_ino) in seen:
-            continue
-        seen.add((info.st_dev, info.st_ino))
-        with os.scandir(root / here) as entries:
-            for entry in entries:
-                name = f"{here}/{entry.name}" if here else entry.name
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    stack.append(name)
-                elif os.path.splitext(name)[1].lower() in VIDEO_EXTENSIONS:
-                    videos.append(name)
-                elif is_picture(entry.name):
-                    pictures[here] = pictures.get(here, 0) + 1
+    "Relative paths of the video files below a folder, and {folder: number of pictures right in it}, both sorted."
+    videos, pictures = [], {}
+    for here, files in walk(root):
+        videos += [name for name in files if os.path.splitext(name)[1].lower() in VIDEO_EXTENSIONS]
+        if count := sum(map(is_picture, files)):
+            pictures[here] = count
     return sorted(videos, key=natural), dict(sorted(pictures.items(), key=lambda item: natural(item[0])))
 
 
