@@ -6,6 +6,7 @@
 __all__ = ['CrossMAE']
 
 # %% ../../nbs/methods/11_crossmae.ipynb #d611ced6
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -39,6 +40,12 @@ class CrossMAE(ModelConfig):
     published_keys: ClassVar[KeyMap] = KeyMap((("wfm.projections.", "decoder.mix.projections."),) + ENCODER_KEYS + DECODER_KEYS
                                               + (("dec_norms.", "decoder.memory_norms."),) + block_keys("decoder_blocks", norm_self="norm0",
                                               self_attn="self_attn", norm_cross="norm1", cross_attn="cross_attn", norm_mlp="norm2", mlp="mlp"))
+
+    def rules(self) -> Iterator[tuple[str, bool, str]]:
+        "Those of every model, and that of the predicted share."
+        yield from super().rules()
+        yield "prediction_ratio", self.prediction_ratio > 0, "must be positive"
+        yield "prediction_ratio", self.prediction_ratio <= self.mask_ratio, f"is larger than --method.mask-ratio {self.mask_ratio}: only hidden patches are predicted"
 
     def build(self) -> MaskedAutoencoder:
         "The model, initialised as published. ValueError for sizes that do not fit."

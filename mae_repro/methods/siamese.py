@@ -6,6 +6,7 @@
 __all__ = ['initialise_siamese', 'SiamMAE', 'CropMAE']
 
 # %% ../../nbs/methods/12_siamese.ipynb #70e206a0
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -65,6 +66,15 @@ class SiamMAE(ModelConfig):
     def num_views(self) -> int:
         "The target and its anchors."
         return 1 + self.num_anchors
+
+    def rules(self) -> Iterator[tuple[str, bool, str]]:
+        "Those of every model, and those of the anchors."
+        yield from super().rules()
+        patches = self.grid[0] * self.grid[1]
+        yield "num_anchors", self.num_anchors > 0, "must be positive: the target is completed from its anchors"
+        yield "anchor_mask_ratio", 0 <= self.anchor_mask_ratio < 1 and int(patches * (1 - self.anchor_mask_ratio)) > 0, f"leaves nothing of an anchor's {patches} patches"
+        yield "decoder_dropout", 0 <= self.decoder_dropout < 1, "must lie in 0 <= dropout < 1"
+        yield "decoder_mlp_dim", self.decoder_mlp_dim > 0, "must be positive"
 
     def build(self) -> MaskedAutoencoder:
         "The model, initialised as published. ValueError for sizes that do not fit."

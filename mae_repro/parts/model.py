@@ -7,7 +7,10 @@ __all__ = ['take_views', 'PixelTarget', 'Reconstruction', 'MaskedAutoencoder', '
            'nearby_statistics', 'paint']
 
 # %% ../../nbs/parts/07_model.ipynb #3e4afa56
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,6 +21,7 @@ from .decoders import Decoder
 from .encoder import Encoder, encode_views, take_patches
 from .masking import BlockMasking, GridMasking, Masks, RandomMasking
 from .patches import denormalise, grid_size, patchify, unpatchify
+from .weights import save_state
 
 # %% ../../nbs/parts/07_model.ipynb #594333a5
 def take_views(views: Tensor, ids: tuple[Tensor, ...], patch_size: int) -> Tensor:
@@ -73,6 +77,16 @@ class MaskedAutoencoder(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True):
         "Recompute encoder blocks in the backward pass instead of keeping their activations."
         self.encoder.set_grad_checkpointing(enable)
+
+    def before_training(self, views) -> None:
+        "Called once before the first step, with the data set; nothing to do here."
+
+    def after_step(self) -> None:
+        "Called after each step of the optimiser; nothing to do here."
+
+    def compile(self, *args, **kwargs):
+        "torch.compile, in place, of `reconstruct`; masks are made outside."
+        self.reconstruct = torch.compile(self.reconstruct, *args, **kwargs)
 
     def reconstruct(self, views: Tensor, masks: Masks) -> tuple[Tensor, Tensor, Tensor]:
         "views (B, V, 3, H, W) and masks -> patch_loss (B, n), pred and target (B, n, p*p*3)."
@@ -173,6 +187,44 @@ class ModelConfig:
     def num_views(self) -> int:
         "Views of a sample: 1, or a target and its anchors."
         return 1
+
+    def rules(self) -> Iterator[tuple[str, bool, str]]:
+        "What the fields must keep, in the order of checking: (field, whether it is kept, what to say after the field and its value)."
+        for name in ("patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "mlp_ratio", "norm_eps"):
+            yield name, getattr(self, name) > 0, "must be positive"
+        sides = self.img_size if isinstance(self.img_size, tuple) else (self.img_size,)
+        yield "img_size", all(side > 0 for side in sides), "must be positive"
+        yield "img_size", all(side % self.patch_size == 0 for side in sides), f"is not a multiple of --method.patch-size {self.patch_size}"
+        for width, heads in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):
+            yield width, getattr(self, width) % getattr(self, heads) == 0, f"is not a multiple of --method.{heads.replace('_', '-')} {getattr(self, heads)}"
+            yield width, getattr(self, width) % 4 == 0, "is not a multiple of 4, which sin-cos positions need"
+        patches = self.grid[0] * self.grid[1]
+        yield "mask_ratio", 0 < self.mask_ratio < 1, "must lie between 0 and 1"
+        yield "mask_ratio", 1 <= int(patches * (1 - self.mask_ratio)) < patches, f"leaves no visible or no hidden patch among {patches}"
+
+    def dry_run(self) -> None:
+        "Build the model and run it, both without memory. ValueError for what only the method knows: which blocks it may mix, which grids it can mask."
+        (gh, gw) = self.grid
+        with torch.device("meta"):
+            model = self.build()
+        masks = model.masking(torch.rand(1, self.num_views, gh * gw), (gh, gw))
+        if not any(ids.numel() for ids in masks.predicted):
+            raise ValueError(f"mask_ratio {self.mask_ratio} hides none of {gh * gw} patches")
+        with torch.device("meta"), torch.no_grad():
+            model.reconstruct(torch.empty(1, self.num_views, 3, *model.encoder.img_size), masks.to("meta"))
+
+    def idle_parameters(self) -> list[str]:
+        "Names of trainable parameters that never get a gradient, found on the meta device."
+        with torch.device("meta"):
+            model = self.build()
+            model(torch.zeros(1, self.num_views, 3, *model.encoder.img_size)).loss.backward()
+        return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+    def save(self, folder: Path, model: nn.Module, about: dict) -> None:
+        "Write model.safetensors, and `about` (method, config, recipe, seed, step ...) as model.json, into `folder`, which is made if missing."
+        folder.mkdir(parents=True, exist_ok=True)
+        save_state(model.state_dict(), folder / "model.safetensors")
+        (folder / "model.json").write_text(json.dumps(about, indent=2) + "\n")
 
     @classmethod
     def to_ours(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -24,9 +24,11 @@ def peak_lr(config: Config) -> float:
     optim, method = config.optim, config.method
     if optim.lr is not None:
         return optim.lr
+    lr = optim.base_lr * optim.batch_size / 256
+    if optim.scale_lr == "none":
+        return lr
     share = getattr(method, "prediction_ratio", method.mask_ratio) / method.mask_ratio
-    scale = {"none": 1., "prediction/mask": share, "mask/prediction": 1 / share}[optim.scale_lr]
-    return scale * optim.base_lr * optim.batch_size / 256
+    return lr * share if optim.scale_lr == "prediction/mask" else lr / share
 
 # %% ../../nbs/training/31_optimisation.ipynb #4021384b
 def cosine_lr(epoch: float, peak: float, epochs: float, warmup_epochs: float = 0., min_lr: float = 0.) -> float:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Probe', 'Figure', 'TrainingFailed', 'TrainingStopped', 'new_run_dir', 'run_lock', 'write_json', 'read_config',
            'read_metrics', 'commit', 'environment', 'fingerprint', 'ignore_signals', 'Watch', 'Interrupt', 'processes',
-           'idle_parameters', 'start_accelerator', 'on_main', 'Trainer', 'update', 'step_seed', 'micro_loss',
-           'watch_loss', 'fail', 'state_of', 'save', 'share', 'restore', 'forget_what_follows', 'draw', 'measure',
-           'log', 'Clock', 'batches_to_do', 'fit', 'finish', 'pretrain', 'resume', 'is_finished', 'release']
+           'start_accelerator', 'on_main', 'Trainer', 'update', 'step_seed', 'micro_loss', 'watch_loss', 'fail',
+           'state_of', 'save', 'share', 'restore', 'forget_what_follows', 'draw', 'measure', 'log', 'Clock',
+           'batches_to_do', 'fit', 'finish', 'pretrain', 'resume', 'is_finished', 'release']
 
 # %% ../../nbs/training/33_pretrain.ipynb #81b33349
 import contextlib
@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 # %% ../../nbs/training/33_pretrain.ipynb #f63a1063
@@ -35,12 +36,11 @@ from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
 # %% ../../nbs/training/33_pretrain.ipynb #fc25ea16
-from ..methods.catalogue import save_model
 from ..parts.patches import normalise
 from ..parts.weights import UserError
 from .checkpoints import clean_aside, latest_checkpoint, save_checkpoint, write_state
 from .optimisation import adamw, parameter_groups, peak_lr, set_lr, step_lr
-from .config import Config, config_from_dict, config_to_dict, replace_in, validate
+from .config import Config, config_from_dict, config_to_dict, kind_name, replace_in, validate
 from .data import open_views
 from ..views.samples import EpochBatches, Views, loader
 
@@ -189,14 +189,6 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def idle_parameters(config: Config) -> list[str]:
-    "Names of trainable parameters that never get a gradient, found on the meta device."
-    with torch.device("meta"):
-        model = config.method.build()
-        model(torch.zeros(1, config.method.num_views, 3, *model.encoder.img_size)).loss.backward()
-    return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-
-
 def _precision(config: Config) -> str:
     t = config.train
     if t.precision != "auto":
@@ -217,7 +209,7 @@ def start_accelerator(config: Config):
             import wandb  # noqa: F401
         except ImportError:
             raise UserError("--train.wandb needs the package wandb: pip install wandb") from None
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=several and bool(idle_parameters(config)))
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=several and bool(config.method.idle_parameters()))
     accelerator = Accelerator(cpu=t.device == "cpu", mixed_precision=_precision(config), kwargs_handlers=[ddp], project_dir=".",
                               log_with=["tensorboard"] + (["wandb"] if t.wandb else []))
     if accelerator.device.type == "cuda":
@@ -257,7 +249,7 @@ class Trainer:
         if t.checkpointing:
             self.bare.set_grad_checkpointing(True)
         if t.compile:
-            self.bare.reconstruct = torch.compile(self.bare.reconstruct)
+            self.bare.compile()
         optimizer = adamw(parameter_groups(self.bare, o.weight_decay), self.peak, o.betas, o.fused)
         self.model, self.optimizer = accelerator.prepare(self.bare, optimizer)
         self.done, self.skipped, self.seconds, self.window = 0, 0, 0., []
@@ -296,6 +288,7 @@ def update(trainer: Trainer, batches: list[dict]) -> tuple[float, bool]:
         fail(trainer, loss, batches)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
+    trainer.bare.after_step()
     trainer.done += 1
     trainer.skipped += int(skipped)
     return loss, stop > 0
@@ -358,11 +351,14 @@ def save(trainer: Trainer) -> None:
 
 
 def share(trainer: Trainer) -> None:
-    "Write model.safetensors and model.json into the run's folder, aside first."
+    "Write the weights to share and model.json into the run's folder, aside first."
     aside, config = trainer.run_dir / f"model.tmp-{os.getpid()}", trainer.config
+    about = {"method": kind_name(config.method), "config": asdict(config.method), "recipe": config.recipe, "seed": config.train.seed, "step": trainer.done, "epoch": trainer.epoch}
     try:
-        save_model(aside, trainer.bare, config.method, {"recipe": config.recipe, "seed": config.train.seed, "step": trainer.done, "epoch": trainer.epoch})
+        config.method.save(aside, trainer.bare, about)
         for path in sorted(aside.iterdir()):
+            if path.is_dir():   # a folder cannot be renamed onto another
+                shutil.rmtree(trainer.run_dir / path.name, ignore_errors=True)
             os.replace(path, trainer.run_dir / path.name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -380,6 +376,8 @@ def restore(trainer: Trainer) -> int:
         if state["scaler"] and getattr(trainer.accelerator, "scaler", None):
             trainer.accelerator.scaler.load_state_dict(state["scaler"])
         trainer.done, trainer.skipped, trainer.seconds, trainer.window = (state[k] for k in ("step", "skipped", "seconds", "window"))
+    else:
+        trainer.bare.before_training(trainer.views)
     on_main(trainer.accelerator, lambda: forget_what_follows(trainer.run_dir, trainer.done))
     return trainer.done
 

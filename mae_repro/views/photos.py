@@ -94,9 +94,18 @@ class ImageSet:
         "What to call image i in a message: its path, where it has one."
         return os.fsdecode(self.names[i])
 
+    def key(self, i: int) -> str:
+        "What identifies image i within the set, wherever the set lies: its relative path, where it has one."
+        return os.fsdecode(self.names[i])
+
     def load(self, i: int) -> Image.Image:
         "Image i as PIL RGB; BrokenImage with its name if it cannot be decoded."
         raise NotImplementedError
+
+    def file(self, i: int) -> tuple[str, bytes]:
+        "Ending (.jpg) and content of a file with image i: the original where there is one, else a PNG. BrokenImage."
+        self.load(i).save(buffer := io.BytesIO(), "PNG")
+        return ".png", buffer.getvalue()
 
     def take(self, rows: np.ndarray) -> "ImageSet":
         "The images numbered `rows` (n,) only, in that order."
@@ -110,10 +119,16 @@ class Files(ImageSet):
     root: str = ""
 
     def name(self, i):
-        return os.path.join(self.root, super().name(i))
+        return os.path.join(self.root, self.key(i))
 
     def load(self, i):
-        return load_image(os.path.join(self.root, super().name(i)), self.name(i))
+        return load_image(os.path.join(self.root, self.key(i)), self.name(i))
+
+    def file(self, i):
+        try:
+            return os.path.splitext(self.key(i))[1].lower(), Path(self.root, self.key(i)).read_bytes()
+        except OSError as error:
+            raise BrokenImage(self.name(i), error.strerror or str(error)) from error
 
 
 @lru_cache(maxsize=8)
@@ -125,10 +140,10 @@ class BuiltIn(Files):
     "Photographs inside an installed package, named without their path; each is decoded once and kept, because many crops are cut from it."
 
     def name(self, i):
-        return Path(ImageSet.name(self, i)).stem
+        return Path(self.key(i)).stem
 
     def load(self, i):
-        return _kept(os.path.join(self.root, ImageSet.name(self, i)), self.name(i))
+        return _kept(os.path.join(self.root, self.key(i)), self.name(i))
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +154,11 @@ class Encoded(ImageSet):
     per_image = ("names", "spans")
 
     def load(self, i):
+        return load_image(self.file(i)[1], self.name(i))
+
+    def file(self, i):
         start, end = self.spans[i]
-        return load_image(self.jpeg[start:end].tobytes(), self.name(i))
+        return ".jpg", self.jpeg[start:end].tobytes()
 
 
 @dataclass(frozen=True, eq=False)
