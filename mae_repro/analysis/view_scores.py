@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'METRICS', 'PUBLISHED', 'ScoreConfig', 'parse_source', 'pair_source', 'centre_square', 'PairScores',
            'encoder_size', 'score_source', 'ViewScore', 'item_intervals', 'summarise', 'score_sources', 'format_table']
 
-# %% ../../nbs/analysis/57_view_scores.ipynb #3f02c764
+# %% ../../nbs/analysis/57_view_scores.ipynb #c55a1f0c
 import hashlib
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-# %% ../../nbs/analysis/57_view_scores.ipynb #eb805a5b
+# %% ../../nbs/analysis/57_view_scores.ipynb #e4d6ebe9
 from .consistency import global_similarity, local_similarity, nearest_patch_similarity, view_tokens
 from ..parts.features import encoder_patch_size, fingerprint
 from ..parts.patches import normalise
@@ -33,7 +33,7 @@ from ..views.pairs import drawn
 from ..views.photos import BrokenImage
 from ..views.samples import Source
 
-# %% ../../nbs/analysis/57_view_scores.ipynb #589e9098
+# %% ../../nbs/analysis/57_view_scores.ipynb #c99e519b
 KINDS = ("video", "bag", "neighbour", "random-pair", "crop-pair", "identical")
 
 
@@ -95,14 +95,14 @@ def pair_source(text: str, config: ScoreConfig, img_size: int) -> Source:
                         gap=config.gap, target=config.target, neighbours=config.neighbours, embed=config.embed, **cut)
     return open_source(DataConfig(root, config.split, config.limit), views, img_size, 2)
 
-# %% ../../nbs/analysis/57_view_scores.ipynb #490f5d0d
+# %% ../../nbs/analysis/57_view_scores.ipynb #e6d212fa
 def centre_square(image: Image.Image, img_size: int) -> Tensor:
     "The largest central square of a PIL image, resized (bilinear, antialiased): uint8 (3, img_size, img_size). What `centre` shows of a view."
     side = min(image.size)
     top, left = (image.height - side) // 2, (image.width - side) // 2
     return F.pil_to_tensor(F.resized_crop(image, top, left, side, side, [img_size, img_size], InterpolationMode.BILINEAR, antialias=True))
 
-# %% ../../nbs/analysis/57_view_scores.ipynb #9c453aa8
+# %% ../../nbs/analysis/57_view_scores.ipynb #d0382757
 METRICS = ("gs", "ls", "nps", "nps_ab", "nps_ba")
 
 
@@ -154,8 +154,8 @@ def encoder_size(encoder: nn.Module) -> int:
 def _resolved(encoder: nn.Module, config: ScoreConfig) -> int:
     "The size of the views; UserError for settings that this encoder cannot meet."
     size, p, depth = config.img_size or encoder_size(encoder), encoder_patch_size(encoder), len(encoder.blocks)
-    for name in ("pairs", "batch_size"):
-        if getattr(config, name) < 1:
+    for name in ("pairs", "batch_size", "limit"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
             raise UserError(f"{name} {getattr(config, name)} leaves nothing to score: give 1 or more")
     if size < p or size % p:
         raise UserError(f"img_size {size} is not a multiple of patch_size {p}: give {max(1, round(size / p)) * p}")
@@ -204,7 +204,7 @@ def score_source(encoder: nn.Module, source: str, config: ScoreConfig = ScoreCon
     return PairScores(source, encoder_name, items, **dict(zip(METRICS, scores.T.tolist())), distinct=len({h for h in hashes if h}), skipped=len(broken),
                       broken=list(dict.fromkeys(broken))[:20], settings=settings)
 
-# %% ../../nbs/analysis/57_view_scores.ipynb #9a2ac71c
+# %% ../../nbs/analysis/57_view_scores.ipynb #83b3ec28
 PUBLISHED = {  # CDG-MAE, MAE ViT-B/16
     "video": dict(gs=.992, ls=.389, nps=.884), "bag": dict(gs=.992, ls=.377, nps=.795),
     "neighbour": dict(gs=.951, ls=.301, nps=.719), "random-pair": dict(gs=.892, ls=.175, nps=.600)}

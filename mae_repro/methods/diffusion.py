@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['architecture', 'build_encoder', 'FrozenEncoder', 'build_unet', 'denoise', 'to_latents', 'to_pixels',
-           'SelfConditionedLatentDiffusion', 'open_pipeline']
+           'SelfConditionedLatentDiffusion', 'open_pipeline', 'views_figure']
 
-# %% ../../nbs/methods/16_diffusion.ipynb #d029df4e
+# %% ../../nbs/methods/16_diffusion.ipynb #57d06f29
 from pathlib import Path
 
 import torch
@@ -18,14 +18,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-# %% ../../nbs/methods/16_diffusion.ipynb #68b3b4bc
+# %% ../../nbs/methods/16_diffusion.ipynb #bbfb715d
 from ..parts.encoder import Encoder
 from ..parts.features import extract
-from ..parts.patches import denormalise, normalise
+from ..parts.patches import normalise, show_images
 from ..parts.positions import GridRotation
 from ..parts.weights import UserError
 
-# %% ../../nbs/methods/16_diffusion.ipynb #983973c3
+# %% ../../nbs/methods/16_diffusion.ipynb #74323dc0
 def architecture(encoder: nn.Module, name: str = "") -> dict:
     "What builds an encoder like this one again, without its weights: the arguments of our Encoder, or a timm name. UserError for other kinds."
     if isinstance(encoder, Encoder):
@@ -47,7 +47,7 @@ def build_encoder(about: dict) -> nn.Module:
     rest = {k: tuple(v) if isinstance(v, list) else v for k, v in about.items() if k != "rope_base"}
     return Encoder(**rest, rotary=None if base is None else GridRotation(base))
 
-# %% ../../nbs/methods/16_diffusion.ipynb #4b9bd141
+# %% ../../nbs/methods/16_diffusion.ipynb #18e787d9
 class FrozenEncoder(ModelMixin, ConfigMixin):
     """A self-supervised ViT that turns images into embeddings, and is never trained: a component of a diffusers pipeline.
 
@@ -92,7 +92,7 @@ class FrozenEncoder(ModelMixin, ConfigMixin):
         self.mean.copy_(found.mean(0))
         self.scale.copy_(1 / (found.std(0) if len(found) > 1 else torch.ones_like(found[0])).clamp(min=1e-6))
 
-# %% ../../nbs/methods/16_diffusion.ipynb #ba987261
+# %% ../../nbs/methods/16_diffusion.ipynb #678220d9
 def build_unet(sample_size: int, in_channels: int, embed_dim: int, condition: str = "cross-attention", channels: tuple[int, ...] = (128, 256, 512),
                attention_levels: int = 2, layers: int = 2, head_dim: int = 32) -> UNet2DConditionModel:
     """The denoiser: a UNet of `len(channels)` levels, each half the size of the one above, with attention in the lowest `attention_levels`.
@@ -117,7 +117,7 @@ def denoise(unet: UNet2DConditionModel, noisy: Tensor, timesteps: Tensor, embedd
         return unet(noisy, timesteps, embedding[:, None]).sample
     return unet(noisy, timesteps, None, class_labels=embedding).sample
 
-# %% ../../nbs/methods/16_diffusion.ipynb #2d303743
+# %% ../../nbs/methods/16_diffusion.ipynb #a2d4fb4c
 def to_latents(pixels: Tensor, vae: AutoencoderKL | None, unshuffle: int = 1, generator=None) -> Tensor:
     "Pixels (B, 3, H, W) in -1..1 to what is denoised: scaled latents of the VAE, or, without one, the pixels, each block of unshuffle x unshuffle as channels."
     if vae is None:
@@ -133,7 +133,7 @@ def to_pixels(latents: Tensor, vae: AutoencoderKL | None, unshuffle: int = 1) ->
     latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)
     return vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1)
 
-# %% ../../nbs/methods/16_diffusion.ipynb #9b8c5816
+# %% ../../nbs/methods/16_diffusion.ipynb #6e92ff90
 class SelfConditionedLatentDiffusion(DiffusionPipeline):
     """Other views of a photograph, painted from its self-supervised embedding alone (the S-LDM of Gen-SIS, with which CDG-MAE makes its bags).
 
@@ -198,16 +198,29 @@ class SelfConditionedLatentDiffusion(DiffusionPipeline):
         return ImagePipelineOutput(pixels) if return_dict else (pixels,)
 
 
-def open_pipeline(folder: str | Path) -> SelfConditionedLatentDiffusion:
-    "A pipeline from its folder, or from the folder of a run that trained one; weights are safetensors only. UserError if there is none, or it is damaged."
+def open_pipeline(folder: str | Path, dtype: torch.dtype = torch.float32) -> SelfConditionedLatentDiffusion:
+    "A pipeline (on the CPU) from its folder, or from the folder of a run that trained one; weights are safetensors only. UserError if there is none, or it is damaged."
     folder = Path(folder)
     folder = folder / "pipeline" if (folder / "pipeline" / "model_index.json").is_file() else folder
     if not (folder / "model_index.json").is_file():
         hint = f"it is an unfinished run: go on with `mae-repro resume {folder}`" if (folder / "config.json").is_file() else "give the folder of a run of `mae-repro views train`"
         raise UserError(f"{folder}: holds no diffusion pipeline (model_index.json); {hint}")
     try:
-        found = SelfConditionedLatentDiffusion.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        found = SelfConditionedLatentDiffusion.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
     except Exception as error:  # diffusers raises many kinds
         raise UserError(f"{folder}: is no pipeline of this project, or damaged ({(str(error).splitlines() or [type(error).__name__])[0][:120]})") from error
     found.set_progress_bar_config(disable=True)
     return found
+
+# %% ../../nbs/methods/16_diffusion.ipynb #586645fa
+def views_figure(pipeline: SelfConditionedLatentDiffusion, images: Tensor, num_views: int = 4, guidance: tuple[float, ...] = (6.,), steps: int = 25, seed: int = 0, size: float = 1.):
+    "Figure: each image (B, 3, H, W) in 0..1 and `num_views` views of it for each guidance; view k starts from the same noise everywhere."
+    rows, embeddings = [], pipeline.embed(images)
+    for image, embedding in zip(images, embeddings):
+        row = [image.cpu()]
+        for scale in guidance:
+            draws = [torch.Generator().manual_seed(seed + k) for k in range(num_views)]
+            row += list(pipeline(embeddings=embedding[None], num_images_per_prompt=num_views, num_inference_steps=steps, guidance_scale=scale, generator=draws, output_type="pt").images.cpu())
+        rows.append(row)
+    titles = ["image"] + [f"guidance {g:g}" if k == 0 and len(guidance) > 1 else "" for g in guidance for k in range(num_views)]
+    return show_images(rows, titles, size)

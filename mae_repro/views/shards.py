@@ -84,7 +84,7 @@ def _member(name: str, content: bytes) -> bytes:
     "A file as it lies in a tar file: header, content, padding. The same input gives the same bytes: no time, no owner."
     info = tarfile.TarInfo(name)
     info.size, info.mode = len(content), 0o444
-    return b"".join([info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"), content, bytes(-len(content) % BLOCK)])
+    return b"".join([info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"), content, bytes(-len(content) % BLOCK)])
 
 
 @contextmanager
@@ -481,7 +481,7 @@ def format_report(report: dict) -> str:
              f"  pictures in a bag: {per_bag or 'none'}"]
     if report["shards"]:
         lines.append(f"  checksums: of {report['shards'] - report['unchecked']:,} shards" + (f"; {report['unchecked']:,} have none" if report["unchecked"] else ""))
-    lines.append("  pictures: " + ("all decoded" if report["decoded"] else "not decoded"))
+    lines.append("  pictures: " + ("checked by decoding them" if report["decoded"] else "not decoded"))
     for kind, found in report["problems"].items():
         if found["count"]:
             lines += [f"  {found['count']:,} {PROBLEMS[kind]}:", *(f"    {name}" for name in found["first"])]
