@@ -34,6 +34,6 @@ setup(
     # The folder data/ of the checkout travels as mae_repro/data of the wheel: parity vectors and small weights.
     packages=find_packages(include=["mae_repro", "mae_repro.*"]) + ["mae_repro.data"],
     package_dir={"mae_repro.data": "data"},
-    package_data={"mae_repro.data": ["*.md", "parity/*", "parity/**/*", "pretrained/*", "pretrained/**/*", "reference/*"]},
+    package_data={"mae_repro.data": ["*.md", "parity/*", "parity/**/*", "pretrained/*", "pretrained/**/*", "reference/*", "results/*"]},
     zip_safe=False,
 )

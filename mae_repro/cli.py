@@ -6,8 +6,9 @@
 __all__ = ['WELCOME', 'Json', 'C', 'VIEWS', 'VIEWS_USAGE', 'COMMANDS', 'BadUsage', 'parse', 'emit', 'RecipesArgs', 'recipes',
            'PretrainArgs', 'pretrain', 'ResumeArgs', 'resume', 'DataArgs', 'ProbeArgs', 'probe', 'VideoArgs',
            'PropagateArgs', 'propagate', 'PhotoArgs', 'RenderArgs', 'render', 'ShowArgs', 'show', 'train_views',
-           'MakeArgs', 'make', 'ConvertArgs', 'convert', 'VerifyArgs', 'verify', 'views', 'ParityArgs', 'parity',
-           'ExportArgs', 'export', 'BenchmarkArgs', 'benchmark', 'DemoArgs', 'demo', 'run', 'main']
+           'MakeArgs', 'make', 'ConvertArgs', 'convert', 'VerifyArgs', 'verify', 'ScoreArgs', 'score', 'FilterArgs',
+           'filter_views', 'views', 'ParityArgs', 'parity', 'ExportArgs', 'export', 'BenchmarkArgs', 'benchmark',
+           'DemoArgs', 'demo', 'run', 'main']
 
 # %% ../nbs/80_cli.ipynb #252fa891
 import contextlib
@@ -673,9 +674,152 @@ def verify(args: list[str]) -> int:
     return 0 if report["ok"] else 1
 
 
-VIEWS = {"train": train_views, "make": make, "convert": convert, "verify": verify, "render": render, "show": show}
+@dataclass(frozen=True)
+class ScoreArgs:
+    """How alike are two views of a sample? GS, LS and NPS (CDG-MAE) with 95 % intervals over items, the distance to the first video source, and the paper's numbers beside them.
+
+    SOURCE is KIND:DIR, or KIND alone for built-in data. Kinds: video, bag, neighbour, random-pair, crop-pair, identical."""
+    sources: Positional[Annotated[tuple[str, ...], arg(metavar="SOURCE...")]]
+    backbone: str = "mae-tiny"
+    "Whose tokens are compared: a run, a checkpoint, a timm name (the paper's: vit_base_patch16_224.mae), or shipped weights, which are small."
+    untrained: int | None = None
+    "The same architecture with its initial weights of this seed: the control."
+    reference: str | None = None
+    "The source that distances are measured to; None: the first video source."
+    pairs: int = 5000
+    "Pairs of each source, spread evenly over its items."
+    preprocess: Literal["centre", "train"] = "centre"
+    "centre: central squares of whole images; train: random crops, mirrored at random, each view by itself. (The paper does not say; nor does it for the next three.)"
+    img_size: int | None = None
+    "Side of the views; None: the backbone's own."
+    layer: int = -1
+    "Block whose tokens are compared; -1 the last."
+    norm: bool = True
+    "Apply the final norm to them."
+    target: Literal["real", "generated", "either"] = "real"
+    "bag: the first view of a pair; the second is another of the bag."
+    gap: tuple[int, int] = (4, 48)
+    "video: frames between the two, the last number excluded."
+    strategy: Literal["GlobalToLocal", "LocalToGlobal", "RandomViews"] = "GlobalToLocal"
+    "crop-pair: which crops."
+    neighbours: int = 5
+    "neighbour: how many nearest images the second view is drawn from."
+    embed: str = ""
+    "neighbour: encoder that says which images are alike; empty: the backbone."
+    split: str = "train"
+    limit: int | None = None
+    "Use only this many items."
+    seed: int = 0
+    "Of the pairs."
+    batch_size: int = 64
+    workers: int = 0
+    figures: Path | None = None
+    "Folder for a picture of the first pair of each source: similarities of its patches, and their matches."
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    json: Json = None
+
+
+def score(args: list[str]) -> int:
+    from dataclasses import fields
+
+    from mae_repro.analysis.view_scores import ScoreConfig, format_table, score_sources
+    from mae_repro.methods.catalogue import open_encoder
+    a = parse(ScoreArgs, args, "mae-repro views score")
+    config = ScoreConfig(**{f.name: getattr(a, f.name) for f in fields(ScoreConfig)} | {"embed": a.embed or a.backbone})
+    device, encoder = _device(a.device), open_encoder(a.backbone, pretrained=a.untrained is None, seed=a.untrained or 0)
+    name = a.backbone if a.untrained is None else f"{a.backbone} (untrained, seed {a.untrained})"
+    rows = score_sources(encoder, a.sources, config, device, True, name, a.reference)
+    emit(rows, a.json, format_table(rows))
+    if a.figures is not None:
+        a.figures.mkdir(parents=True, exist_ok=True)
+        for n, source in enumerate(a.sources):
+            _pair_figure(encoder, source, config, device).savefig(a.figures / f"{n}-{source.partition(':')[0]}.png")
+    return 0
+
+
+def _pair_figure(encoder, source: str, config, device):
+    "The first pair of a source, as `score` sees it."
+    from mae_repro.analysis.consistency import match_figure, view_tokens
+    from mae_repro.analysis.view_scores import encoder_size, pair_source
+    from mae_repro.parts.features import encoder_patch_size
+    from mae_repro.parts.patches import normalise
+    from mae_repro.views.pairs import drawn
+    pair = drawn(pair_source(source, config, config.img_size or encoder_size(encoder)), 0, config.seed)
+    return match_figure(*pair, *view_tokens(encoder, normalise(pair.to(device)), config.layer, config.norm).cpu(), patch_size=encoder_patch_size(encoder))
+
+
+@dataclass(frozen=True)
+class FilterArgs:
+    """Keep the generated views that are worth keeping: by their consistency with the real image, by rank, by what a classifier sees in them, or all of these.
+
+    Without --out only the report: what share of images would keep at least n views."""
+    bags: Positional[Path]
+    out: Path | None = None
+    "Folder for the bags that are left."
+    by: Literal["nps", "nps_ab", "nps_ba", "gs", "ls"] = "nps"
+    "The score: nps_ab from the real image to the view, nps_ba back, nps their mean."
+    at_least: float | None = None
+    at_most: float | None = None
+    "A view that is its real image teaches nothing."
+    best: int | None = None
+    "Only so many views of each image, the best first."
+    classifier: str | None = None
+    "Keep a view only if this classifier sees in it what it sees in the real image (CDG-MAE A.4.7): a timm name, or NAME=PATH of its weights."
+    topk: int = 5
+    "Among its first so many guesses."
+    backbone: str = "mae-tiny"
+    "Whose tokens are compared: a run, a checkpoint, a timm name, or shipped weights."
+    img_size: int | None = None
+    layer: int = -1
+    norm: bool = True
+    format: Literal["shards", "folders"] = "shards"
+    per_shard: int = 1000
+    batch_size: int = 16
+    workers: int = 0
+    figure: Path | None = None
+    "Draw the spread of scores and the share kept against the threshold here (PNG)."
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    json: Json = None
+
+
+def filter_views(args: list[str]) -> int:
+    from mae_repro.analysis import view_filter as V
+    from mae_repro.methods.catalogue import open_encoder
+    from mae_repro.parts.weights import UserError
+    from mae_repro.views.bags import open_bags
+    from mae_repro.views.shards import convert_bags
+    a = parse(FilterArgs, args, "mae-repro views filter")
+    consistency = (a.at_least, a.at_most, a.best) != (None, None, None)
+    if not consistency and a.classifier is None:
+        raise UserError("nothing says which views to keep: give --at-least, --at-most, --best or --classifier")
+    bags, device, choices, scores = open_bags(a.bags), _device(a.device), [], {}
+    how = dict(batch_size=a.batch_size, workers=a.workers, device=device, progress=True)
+    if a.classifier is not None:
+        classifier, transform = V.open_classifier(a.classifier)
+        scores["classifier"] = V.classify_views(classifier, bags, a.topk, transform, **how)
+        choices.append(V.choose(scores["classifier"], "same_class", at_least=1))
+    if consistency or a.figure:
+        scores["consistency"] = V.score_views(open_encoder(a.backbone), bags, a.img_size, a.layer, a.norm, **how)
+    if consistency:
+        choices.append(V.choose(scores["consistency"], a.by, a.at_least, a.at_most, a.best))
+    kept = V.keep_both(*choices)
+    report = V.keep_report(kept, bags.sizes.tolist())
+    if a.figure is not None:
+        try:
+            V.keep_figure(scores["consistency"], a.by, a.at_least, a.at_most).savefig(a.figure)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--figure {a.figure}: cannot be written ({error})") from None
+    done = convert_bags(bags, a.out, a.format, [k or [0] for k in kept], a.per_shard, sys.stderr.isatty()) if a.out else None
+    written = f"\n{a.out}: {done['bags']} bags with {done['pictures']} pictures" if done else "\nnothing was written: give --out DIR"
+    emit(dict(report=report, share=report.share, kept=kept, written=done, scores=scores), a.json, V.format_keep(report) + written)
+    return 0
+
+
+VIEWS = {"train": train_views, "make": make, "score": score, "filter": filter_views, "convert": convert, "verify": verify, "render": render, "show": show}
 VIEWS_USAGE = """mae-repro views train RECIPE [--field value ...]                        a diffusion model that paints other views of an image
 mae-repro views make --generator RUN --images DIR --out BAGS            bags: every image with views of it
+mae-repro views score bag:BAGS video:VIDEOS random-pair:IMAGES          how alike are two views? GS, LS, NPS, and the distance to video
+mae-repro views filter BAGS --best 2 --out DIR                          only the views that are worth keeping
 mae-repro views convert BAGS --out DIR --to shards|folders              one format of bags to the other
 mae-repro views verify BAGS                                             is everything there, and can it be read?
 mae-repro views render --layout davis|vip|jhmdb|bag|scene --out DIR     rendered scenes as a data set

@@ -6,7 +6,7 @@
 __all__ = ['TABLE', 'global_similarity', 'local_similarity', 'nearest_patches', 'nearest_patch_similarity', 'view_tokens',
            'place_colours', 'match_figure']
 
-# %% ../../nbs/analysis/50_consistency.ipynb #c117f37d
+# %% ../../nbs/analysis/50_consistency.ipynb #6e1d085a
 import inspect
 
 import torch
@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-# %% ../../nbs/analysis/50_consistency.ipynb #685a7102
+# %% ../../nbs/analysis/50_consistency.ipynb #d99dfcdb
 from ..parts.patches import grid_size
 
-# %% ../../nbs/analysis/50_consistency.ipynb #847f7db7
+# %% ../../nbs/analysis/50_consistency.ipynb #4e7d745f
 TABLE = 2**24  # numbers held at a time while patches are compared: 64 MB
 
 
@@ -43,7 +43,7 @@ def _pieces(a: Tensor, b: Tensor) -> zip:
     size = max(1, TABLE // max(la * lb, la * d, lb * d))
     return zip(a[:, 1:].split(size), b[:, 1:].split(size))
 
-# %% ../../nbs/analysis/50_consistency.ipynb #6e788225
+# %% ../../nbs/analysis/50_consistency.ipynb #2b967004
 def global_similarity(a: Tensor, b: Tensor) -> Tensor:
     "GS (B,) float32 of tokens (B, 1 + L, D): the cosine of the class tokens (CDG-MAE eq. 1). ValueError if the shapes do not fit."
     _check(a, b)
@@ -75,7 +75,7 @@ def nearest_patch_similarity(a: Tensor, b: Tensor) -> Tensor:
     "NPS (B,) float32 from a to b: the mean over patches of a of the largest cosine with any patch of b (CDG-MAE eq. 3). Not symmetric. a and b may differ in L."
     return nearest_patches(a, b)[0].mean(dim=1)
 
-# %% ../../nbs/analysis/50_consistency.ipynb #95e6a84d
+# %% ../../nbs/analysis/50_consistency.ipynb #6e55c735
 @torch.no_grad()
 def view_tokens(encoder: nn.Module, images: Tensor, layer: int = -1, norm: bool = True) -> Tensor:
     """Tokens (B, 1 + L, D) of normalised images (B, 3, H, W), class token first, from block `layer` (0 the first, -1 the last) of our encoders, timm's or DINOv2's; no gradient.
@@ -98,7 +98,7 @@ def view_tokens(encoder: nn.Module, images: Tensor, layer: int = -1, norm: bool 
     patches, cls = ask(images, blocks, return_class_token=True, norm=norm)[0]
     return torch.cat([cls[:, None], patches], dim=1)
 
-# %% ../../nbs/analysis/50_consistency.ipynb #8af8b76d
+# %% ../../nbs/analysis/50_consistency.ipynb #c9a1a8b7
 def place_colours(gh: int, gw: int) -> Tensor:
     "A colour for each place of a grid, mixed from one in each corner: (gh, gw, 3) in 0..1."
     corners = torch.tensor([[[.93, .22, .18], [.99, .83, .16]], [[.16, .27, .78], [.10, .74, .52]]])
@@ -156,9 +156,9 @@ def match_figure(a_image: Tensor, b_image: Tensor, a_tokens: Tensor, b_tokens: T
     code, sizes, pictures = place_colours(gb, vb), [im.shape[-2:] for im in (a_image, b_image)], [_picture(im) for im in (a_image, b_image)]
     back, forth = (float(nearest_patch_similarity(*pair)) for pair in (tokens[::-1], tokens))
     ratio = max(h / w for h, w in sizes)
-    fig = plt.figure(figsize=(6 * size, (3 + 2) * size * ratio + .7), dpi=dpi, layout="constrained")
-    cells = fig.add_gridspec(2, 6, height_ratios=(3, 2))
-    axes = [fig.add_subplot(cell) for cell in (cells[0, :3], cells[0, 3:], cells[1, :2], cells[1, 2:4], cells[1, 4:])]
+    fig = plt.figure(figsize=(6 * size, (3 + 2) * size * ratio + .9), dpi=dpi, layout="constrained")
+    above, below = fig.subfigures(2, 1, height_ratios=(3, 2.3))
+    axes = [*above.subplots(1, 2), *below.subplots(1, 3)]
     plt.close(fig)
     for ax in axes:
         ax.set(xticks=[], yticks=[]), ax.spines[:].set_visible(False)
@@ -168,12 +168,12 @@ def match_figure(a_image: Tensor, b_image: Tensor, a_tokens: Tensor, b_tokens: T
     names = [f"{titles[0]}  (GS {float(global_similarity(*tokens)):.2f})", f"{titles[1]}, and matches", f"same place, LS {local.mean():.2f}" if same else "same place: grids differ",
              f"places in {titles[1]}", f"matches, NPS {forth:.2f}, back {back:.2f}"]
     for ax, name in zip(axes, names):
-        ax.set_title(name, fontsize=9)
+        ax.set_title(name, fontsize=8)
     for ax, picture in zip(axes[:2], pictures):
         ax.imshow(picture, interpolation="nearest")
     if same:
         shown = axes[2].imshow(rearrange(local, "(h w) -> h w", h=ga).numpy(), cmap="magma", vmin=min(0., float(local.min())), vmax=1, extent=whole[0], interpolation="nearest")
-        fig.colorbar(shown, ax=axes[2], location="bottom", shrink=.8, pad=.03, aspect=18).ax.tick_params(labelsize=7)
+        below.colorbar(shown, ax=axes[2:], location="left", shrink=.7, pad=.01, aspect=18).ax.tick_params(labelsize=7)
     for ax, picture, grid, colours, alpha, extent in ((axes[3], pictures[1], (gb, vb), code, torch.full((gb, vb), .8), whole[1]),
                                                       (axes[4], pictures[0], (ga, va), code.flatten(0, 1)[index].view(ga, va, 3), .1 + .85 * weight.view(ga, va), whole[0])):
         ax.imshow(_grey(picture), interpolation="nearest")

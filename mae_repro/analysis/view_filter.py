@@ -6,12 +6,11 @@
 __all__ = ['SMALL_IS_GOOD', 'BagScores', 'score_views', 'classify_views', 'open_classifier', 'choose', 'keep_both', 'KeepReport',
            'keep_report', 'format_keep', 'keep_figure']
 
-# %% ../../nbs/analysis/58_view_filter.ipynb #64698063
+# %% ../../nbs/analysis/58_view_filter.ipynb #7f919c71
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -19,17 +18,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-# %% ../../nbs/analysis/58_view_filter.ipynb #a040c2d0
+# %% ../../nbs/analysis/58_view_filter.ipynb #6ea73310
 from .consistency import global_similarity, local_similarity, nearest_patch_similarity, view_tokens
 from .view_scores import METRICS, centre_square, encoder_size
-from ..methods.catalogue import _impatient_hub
 from ..parts.features import encoder_patch_size
 from ..parts.patches import normalise
-from ..parts.weights import UserError, load_into, load_state
+from ..parts.weights import UserError, impatient_hub, load_into, load_state
 from ..views.photos import BrokenImage
 from ..views.videos import Sequences
 
-# %% ../../nbs/analysis/58_view_filter.ipynb #2dce8cad
+# %% ../../nbs/analysis/58_view_filter.ipynb #42b17920
 @dataclass(frozen=True)
 class BagScores:
     """What is known about every generated view of every bag: `values[metric][i][k - 1]` of view k of bag i, nan where it could not be read.
@@ -130,7 +128,7 @@ def score_views(encoder: nn.Module, bags: Sequences, img_size: int | None = None
     finally:
         encoder.train(was_training)
 
-# %% ../../nbs/analysis/58_view_filter.ipynb #3d018ab7
+# %% ../../nbs/analysis/58_view_filter.ipynb #59037e97
 def _eval_view(image: Image.Image) -> Tensor:
     return normalise(centre_square(image, 224))
 
@@ -174,7 +172,7 @@ def open_classifier(name: str) -> tuple[nn.Module, Callable[[Image.Image], Tenso
         if path:
             model = timm.create_model(arch, pretrained=False)
         else:
-            with _impatient_hub():
+            with impatient_hub():
                 model = timm.create_model(arch, pretrained=True)
     except Exception as error:  # the hub's client raises many kinds, network and otherwise
         reason = (str(error).strip().splitlines() or [""])[0][:120]
@@ -185,7 +183,7 @@ def open_classifier(name: str) -> tuple[nn.Module, Callable[[Image.Image], Tenso
         raise UserError(f"classifier {arch} has no classes: choose a model that was trained or fine-tuned on labels")
     return model.eval(), create_transform(**resolve_model_data_config(model), is_training=False)
 
-# %% ../../nbs/analysis/58_view_filter.ipynb #044e82bf
+# %% ../../nbs/analysis/58_view_filter.ipynb #f8e6f7cd
 SMALL_IS_GOOD = ("rank",)
 
 
@@ -222,7 +220,7 @@ def keep_both(*choices: list[list[int]]) -> list[list[int]]:
         raise UserError("no view is kept by all rules together: loosen one of them")
     return kept
 
-# %% ../../nbs/analysis/58_view_filter.ipynb #4e47d57b
+# %% ../../nbs/analysis/58_view_filter.ipynb #9434584e
 @dataclass(frozen=True)
 class KeepReport:
     "What a choice leaves: `images` (bags), those `dropped` whole, `views` there were, `kept` of them; at_least[n]: the share of all images that keep n views or more, n = 1..M."

@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'method_name', 'config_from_dict', 'save_model', 'shipped'
 
 # %% ../../nbs/methods/19_catalogue.ipynb #d351ca28
 import json
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,7 +23,7 @@ from .mae import ENCODER_KEYS, MAE, sizes_of
 from .siamese import CropMAE, SiamMAE
 from ..parts.encoder import Encoder
 from ..parts.model import MaskedAutoencoder, ModelConfig, initialise_mae
-from ..parts.weights import KeyMap, LoadReport, UserError, data_dir, load_into, load_state, read_checkpoint, save_state
+from ..parts.weights import KeyMap, LoadReport, UserError, data_dir, impatient_hub, load_into, load_state, read_checkpoint, save_state
 
 # %% ../../nbs/methods/19_catalogue.ipynb #2013dfa4
 METHODS: dict[str, type[ModelConfig]] = {"mae": MAE, "crossmae": CrossMAE, "siammae": SiamMAE, "cropmae": CropMAE, "croco": CroCo, "cdgmae": CDGMAE}
@@ -158,24 +158,6 @@ def open_encoder(spec: str | Path, pretrained: bool = True, seed: int = 0) -> nn
     return _timm_encoder(str(spec), pretrained, seed)
 
 # %% ../../nbs/methods/19_catalogue.ipynb #9674eac3
-@contextmanager
-def _impatient_hub(seconds: float = 3.):
-    "Where the model hub does not answer, its client would retry for a minute: inside this context it uses earlier downloads, or fails at once."
-    import socket
-    from urllib.parse import urlparse
-
-    from huggingface_hub import constants
-    address, before = urlparse(constants.ENDPOINT), constants.HF_HUB_OFFLINE
-    try:
-        socket.create_connection((address.hostname, address.port or 443), timeout=seconds).close()
-    except OSError:
-        constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
 def _timm_encoder(name: str, pretrained: bool, seed: int) -> nn.Module:
     import timm
     known = timm.list_models("vit_*") + timm.list_models("vit_*", pretrained=True)
@@ -184,7 +166,7 @@ def _timm_encoder(name: str, pretrained: bool, seed: int) -> nn.Module:
         raise UserError(f"{name}: no such file or folder, and no Vision Transformer of timm" + (f"; did you mean {', '.join(near)}?" if near else ""))
     torch.manual_seed(seed)
     try:
-        with _impatient_hub() if pretrained else nullcontext():
+        with impatient_hub() if pretrained else nullcontext():
             return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True).eval()
     except Exception as error:  # the hub's client raises many kinds, network and otherwise
         reason = str(error).strip().splitlines()

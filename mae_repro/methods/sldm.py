@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Denoising', 'generators', 'NoisePrediction', 'SLDM', 'open_vae']
 
-# %% ../../nbs/methods/18_sldm.ipynb #782dc462
+# %% ../../nbs/methods/18_sldm.ipynb #1d94476a
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-# %% ../../nbs/methods/18_sldm.ipynb #a920f83a
+# %% ../../nbs/methods/18_sldm.ipynb #ea713bad
 from ..parts.patches import denormalise, normalise
-from ..parts.weights import UserError
+from ..parts.weights import UserError, impatient_hub
 
-# %% ../../nbs/methods/18_sldm.ipynb #ba50c3d9
+# %% ../../nbs/methods/18_sldm.ipynb #75ca0444
 class Denoising(NamedTuple):
     "What the model returns: loss (), sample_loss (B,), timesteps (B,), and which samples were told nothing, dropped (B,) bool."
     loss: Tensor
@@ -34,7 +34,7 @@ def generators(noise: Tensor) -> list[torch.Generator]:
     high, low = (noise.flatten(1)[:, :2].cpu().double() * 2 ** 24).long().unbind(1)
     return [torch.Generator().manual_seed(int(seed)) for seed in (high << 24 | low)]
 
-# %% ../../nbs/methods/18_sldm.ipynb #438ea566
+# %% ../../nbs/methods/18_sldm.ipynb #8f7e8db8
 class NoisePrediction(nn.Module):
     """Views -> latents -> noise added -> noise predicted, with or without the embedding of the image: what trains a SelfConditionedLatentDiffusion.
 
@@ -103,7 +103,7 @@ class NoisePrediction(nn.Module):
         made.set_progress_bar_config(disable=True)
         return made
 
-# %% ../../nbs/methods/18_sldm.ipynb #bf5883df
+# %% ../../nbs/methods/18_sldm.ipynb #f0a336b5
 @dataclass(frozen=True)
 class SLDM:
     "Self-conditioned latent diffusion (Gen-SIS; CDG-MAE section 3): a denoiser that is told the embedding of the image. Defaults: 256 pixels, latents of an AutoencoderKL."
@@ -211,7 +211,8 @@ def open_vae(spec: str) -> nn.Module:
     "An AutoencoderKL from a folder or the hub, safetensors only. UserError if it cannot be had."
     from diffusers import AutoencoderKL
     try:
-        return AutoencoderKL.from_pretrained(spec, use_safetensors=True, local_files_only=Path(spec).exists())
+        with impatient_hub():
+            return AutoencoderKL.from_pretrained(spec, use_safetensors=True, local_files_only=Path(spec).exists())
     except Exception as error:  # diffusers and the hub's client raise many kinds
         raise UserError(f"--method.vae {spec}: cannot be loaded ({(str(error).strip().splitlines() or [type(error).__name__])[0][:120]}). "
                         "If the model hub cannot be reached from here, download the folder elsewhere and give its path") from error

@@ -6,7 +6,7 @@
 __all__ = ['DIFFUSERS', 'Picture', 'Generator', 'rng', 'CropGenerator', 'Stills', 'stills', 'FrameGenerator', 'FolderGenerator',
            'PipelineGenerator', 'open_unclip', 'open_variations', 'open_ip_adapter', 'open_frames']
 
-# %% ../../nbs/views/26_generators.ipynb #b0e884ad
+# %% ../../nbs/views/26_generators.ipynb #bda6056c
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,13 +19,13 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-# %% ../../nbs/views/26_generators.ipynb #2da0e7af
-from ..parts.weights import UserError
+# %% ../../nbs/views/26_generators.ipynb #1a0274f4
+from ..parts.weights import UserError, impatient_hub
 from .pairs import Crop, distinct
 from .photos import BrokenImage, ImageSet, is_picture, load_image, walk
 from .videos import Listed, natural, open_videos
 
-# %% ../../nbs/views/26_generators.ipynb #05902e23
+# %% ../../nbs/views/26_generators.ipynb #e4a18ca7
 class Picture(NamedTuple):
     "An image and what it is called in its data set (its relative path)."
     name: str
@@ -41,7 +41,7 @@ class Generator(Protocol):
     def __call__(self, pictures: list[Picture], num_views: int, seeds: np.ndarray) -> list[list[Image.Image]]:
         "M views of each picture, RGB. Raises BrokenImage if one of them has none."
 
-# %% ../../nbs/views/26_generators.ipynb #b96c129c
+# %% ../../nbs/views/26_generators.ipynb #5b37fb1d
 def rng(seed: int) -> torch.Generator:
     "A generator of random numbers on the CPU: the same numbers whatever device computes."
     return torch.Generator().manual_seed(int(seed))
@@ -67,7 +67,7 @@ class CropGenerator:
                     views[-1].append(v2.functional.to_pil_image(crop([picture.image])[0]))
         return views
 
-# %% ../../nbs/views/26_generators.ipynb #d71d66de
+# %% ../../nbs/views/26_generators.ipynb #054a8969
 @dataclass(frozen=True, eq=False)
 class Stills(ImageSet):
     "Videos as if each were a photograph: its middle frame. What `FrameGenerator` gives other views of."
@@ -125,7 +125,7 @@ class FrameGenerator:
             views.append(self.videos.frames(i, ids))
         return views
 
-# %% ../../nbs/views/26_generators.ipynb #55374032
+# %% ../../nbs/views/26_generators.ipynb #16c6ffdd
 @dataclass(frozen=True, eq=False)
 class FolderGenerator:
     """Views that somebody else has made. For the picture `a/b.jpg`: the pictures in the folder `root/a/b`, else the files `root/a/b.*`, `root/a/b_*` and `root/a/b-*`;
@@ -163,7 +163,7 @@ class FolderGenerator:
             views.append([load_image(os.path.join(self.root, path)) for path in found[:num_views]])
         return views
 
-# %% ../../nbs/views/26_generators.ipynb #7418bc2a
+# %% ../../nbs/views/26_generators.ipynb #7d2d79f2
 @dataclass(frozen=True, eq=False)
 class PipelineGenerator:
     """A diffusers pipeline that is shown a picture. `argument`: the name under which it takes the picture; `extra`: further arguments of each call.
@@ -191,7 +191,7 @@ class PipelineGenerator:
             found = [self.pipeline(**{self.argument: p.image}, generator=rng(s), **settings).images[0] for p, row in zip(pictures, seeds) for s in row[:num_views]]
         return [found[i * num_views:(i + 1) * num_views] for i in range(len(pictures))]
 
-# %% ../../nbs/views/26_generators.ipynb #59d561e0
+# %% ../../nbs/views/26_generators.ipynb #4875d18b
 def _loaded(what: str, where: str, load: Callable):
     "What `load` gives; UserError that names the model if it cannot be had."
     try:
@@ -199,7 +199,8 @@ def _loaded(what: str, where: str, load: Callable):
     except ImportError as error:
         raise UserError(f"--generator {what}: needs the package transformers: pip install transformers") from error
     try:
-        return load()
+        with impatient_hub():
+            return load()
     except Exception as error:  # diffusers, transformers and the hub's client raise many kinds
         reason = (str(error).strip().splitlines() or [""])[0][:120]
         raise UserError(f"--generator {what}:{where}: cannot be loaded ({type(error).__name__}: {reason}). "
