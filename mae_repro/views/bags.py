@@ -218,7 +218,9 @@ def _blank(path: str) -> bool:
 # %% ../../nbs/views/24_bags.ipynb #af5637db
 @dataclass(frozen=True)
 class ShardFiles:
-    "What lies in a tar file: bags {key: {rest of the name: (offset, size)}} in its order, `cut`: keys of bags that are not whole, `gaps`: offsets where damage begins, `twice`: keys of which a file is there twice."
+    """What lies in a tar file: bags {key: {rest of the name: (offset, size)}} in its order.
+
+    `cut`: keys of bags that are not whole; `gaps`: offsets where damage begins; `twice`: keys of which a file is there twice."""
     bags: dict[str, dict[str, tuple[int, int]]]
     cut: set[str]
     gaps: list[int]
@@ -263,7 +265,8 @@ def read_shard(path: str) -> ShardFiles:
 
 
 def _read_shard(path: str) -> tuple[list[str], np.ndarray, np.ndarray, int]:
-    "Keys of the whole bags in a tar file, their sizes (n,), spans (sum of sizes, 2) of their pictures in order, and the number of bags left out (at least one for each damage). UserError if it is no tar file."
+    """Keys of the whole bags in a tar file, their sizes (n,), spans (sum of sizes, 2) of their pictures in order, and the number of bags left out,
+    at least one for each damage. UserError if it is no tar file."""
     found = read_shard(path)
     order = {key: found.order(key) for key in found.bags if key not in found.cut}
     good = [key for key, files in order.items() if files]

@@ -106,8 +106,9 @@ class ShardOrder:
     """Shuffled, and yet nearly sequential on the disk: the order of an epoch for data in shards, instead of a permutation.
 
     `shard` (n,): the shard of each item; items of a shard follow each other. The shards are permuted, their items taken in the order of the file, and this sequence is cut into
-    `streams` equal parts. Each is read through a shuffle buffer of `buffer` items: what leaves is drawn from it, and the next item takes its place. A global batch is
-    batch_size / streams samples of each stream, stream after stream. Processes whose number divides `streams` read different shards; what they read together does not depend on their number."""
+    `streams` equal parts. Each is read through a shuffle buffer of `buffer` items: what leaves is drawn from it, and the next item takes its place.
+    A global batch is batch_size / streams samples of each stream, stream after stream. Processes whose number divides `streams` read different shards;
+    what they read together does not depend on their number."""
     shard: np.ndarray
     buffer: int = 1000
     streams: int = 16

@@ -243,7 +243,7 @@ def _lock(path: Path) -> Iterator[bool]:
 def open_part(out: str | Path, kind: Literal["folders", "shards"], part: int) -> Iterator[Part | None]:
     """A writer for part number `part` of a work that is written to the folder `out`, or None if the part is finished or another process has it.
 
-    Bags of an earlier attempt are there still (`key in writer`), up to the last whole one. `shards`: leaving without an error finishes `<number>.tar`;
+    Bags of an earlier attempt are there still (`key in writer`), up to the last whole one. `shards`: leaving without an error finishes `<number>.tar`, with the bags that were written;
     after an error, or a kill at any moment, the next `open_part` goes on with `<number>.tar.part`. `folders`: a bag that is there is whole, and parts are never finished.
     UserError: the disk does not take it."""
     if kind not in ("folders", "shards"):
@@ -271,16 +271,16 @@ def bag_files(bags: Bags, i: int) -> dict[str, bytes]:
         raise UserError(f"bag {error} (verify the bags: what is damaged is listed)") from error
 
 
-def _begin(out: Path, bags: Bags, kind: str, plan: dict) -> None:
+def _begin(out: Path, bags: Bags, plan: dict) -> None:
     "Claim a folder for a conversion; UserError if it holds anything else, or lies within the bags."
     path, text, alone = out / ".conversion.json", json.dumps(plan) + "\n", len(getattr(bags, "shards", ())) == 1
     if not alone and out.resolve().is_relative_to(Path(bags.root).resolve()):
         raise UserError(f"{out} lies within the bags that are read ({bags.root}): give a folder elsewhere")
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not path.is_file()):
-        raise UserError(f"{out} is {'a file' if out.is_file() else 'not empty, and no conversion that was begun here'}: give a folder that is new or empty")
     with _disk(out):
+        if out.is_file() or (out.is_dir() and not path.is_file() and any(not entry.name.startswith(path.name) for entry in out.iterdir())):
+            raise UserError(f"{out} is {'a file' if out.is_file() else 'not empty, and no conversion that was begun here'}: give a folder that is new or empty")
         if path.is_file() and path.read_text() != text:
-            raise UserError(f"{out} holds a conversion to {kind} of other bags, or with other settings: give the settings of then, or a folder that is new or empty")
+            raise UserError(f"{out} holds a conversion of other bags, or one with other settings: give the settings of then, or a folder that is new or empty")
         out.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
         aside.write_text(text)
@@ -307,11 +307,13 @@ def _files(bags: Bags, i: int, ids: list[int] | None) -> dict[str, bytes]:
     return {rest: content for rest, content in files.items() if rest not in gone}
 
 
-def convert_bags(bags: Bags, out: str | Path, kind: Literal["folders", "shards"], keep: Sequence[Sequence[int]] | None = None, per_shard: int = 1000, progress: bool = True) -> dict:
+def convert_bags(bags: Bags, out: str | Path, kind: Literal["folders", "shards"], keep: Sequence[Sequence[int]] | None = None,
+                 per_shard: int = 1000, progress: bool = True) -> dict:
     """Write bags to the folder `out` as `folders` or `shards` of `per_shard` bags, byte for byte. The same call goes on with one that was interrupted; several processes share the work.
 
     `keep`: for each bag the numbers of the pictures that stay, under the names they have; 0, the real one, always does. Bags of which only that would stay are dropped.
-    Gives out, kind, bags, pictures, dropped, parts, and elsewhere: parts that another process is writing. UserError: nothing would stay, `out` holds something else, the disk."""
+    Gives out, kind, bags, pictures, dropped, parts, and elsewhere: parts that another process has not finished yet (of folders: that it was writing).
+    UserError: nothing would stay, `out` holds something else, the disk."""
     out = Path(out).expanduser()
     if per_shard < 1:
         raise UserError(f"per_shard {per_shard} leaves no bags in a shard: give 1 or more")
@@ -321,18 +323,19 @@ def convert_bags(bags: Bags, out: str | Path, kind: Literal["folders", "shards"]
     keys = keys_of([bags.key(i) for i in range(len(bags))])
     sizes = [bags.length(i) if ids[i] is None else len(ids[i]) for i in rows]
     what = hashlib.sha256(json.dumps([keys, bags.sizes.tolist(), None if keep is None else ids]).encode()).hexdigest()
-    _begin(out, bags, kind, dict(kind=kind, per_shard=per_shard, bags=len(rows), what=what))
-    parts, elsewhere = -(-len(rows) // per_shard), 0
+    _begin(out, bags, dict(kind=kind, per_shard=per_shard, bags=len(rows), what=what))
+    parts, passed = -(-len(rows) // per_shard), []
     with tqdm(total=len(rows), desc=f"writing {kind}", unit="bag", delay=3, leave=False, disable=not progress) as bar:
         for part in range(parts):
             mine = rows[part * per_shard:(part + 1) * per_shard]
             with open_part(out, kind, part) as writer:
-                elsewhere += writer is None and not (out / f"{part:06d}.tar").exists()
+                passed += [part] * (writer is None)
                 for i in mine:
                     if writer is not None and keys[i] not in writer:
                         writer.write(keys[i], _files(bags, i, ids[i]))
                     bar.update()
-    return dict(out=str(out), kind=kind, bags=len(rows), pictures=int(sum(sizes)), dropped=len(bags) - len(rows), parts=parts, elsewhere=elsewhere)
+    return dict(out=str(out), kind=kind, bags=len(rows), pictures=int(sum(sizes)), dropped=len(bags) - len(rows), parts=parts,
+                elsewhere=sum(not (out / f"{part:06d}.tar").exists() for part in passed))
 
 # %% ../../nbs/views/36_shards.ipynb #74e56546
 PROBLEMS = {
@@ -401,7 +404,7 @@ class _Checks(Dataset):
 
 
 def _wrong_sum(path: Path, bags: int, pictures: int) -> str | None:
-    "What a tar file and the sums beside it disagree in; '' if nothing, None if there are no sums."
+    "What a tar file and the sums beside it disagree in; empty if in nothing, None if there are no sums."
     beside = path.with_name(f"{path.name}.json")
     if not beside.is_file():
         return None
@@ -422,15 +425,35 @@ def _wrong_sum(path: Path, bags: int, pictures: int) -> str | None:
 
 
 def _missing(root: Path, tars: list[str]) -> list[str]:
-    "Shards that should be between others, or at their beginning, or of which only the sums are left."
+    "Shards that should lie between others, or before them (ours begin with 000000.tar), or of which only the sums are left."
     series = defaultdict(set)
     for path in tars:
         if m := re.fullmatch(r"(.*?)(\d+)\.tar", path):
             series[m[1], len(m[2])].add(int(m[2]))
-    gone = {f"{stem}{n:0{width}d}.tar" for (stem, width), there in series.items() for n in range(0 if width == 6 and not os.path.basename(stem) else min(there), max(there)) if n not in there}
-    here = {"", *(os.path.dirname(path) for path in tars)}
-    gone |= {os.path.join(folder, name[:-5]) for folder in here for name in os.listdir(root / folder) if name.endswith(".tar.json") and not (root / folder / name[:-5]).exists()}
+    gone = set()
+    for (stem, width), there in series.items():
+        ours = width == 6 and not os.path.basename(stem)
+        gone |= {f"{stem}{n:0{width}d}.tar" for n in range(0 if ours else min(there), max(there)) if n not in there}
+    for folder in {"", *(os.path.dirname(path) for path in tars)}:
+        sums = [os.path.join(folder, name) for name in os.listdir(root / folder) if name.endswith(".tar.json")]
+        gone |= {name.removesuffix(".json") for name in sums if not (root / name.removesuffix(".json")).exists()}
     return sorted(gone, key=natural)
+
+
+def _jobs(root: Path) -> tuple[Path, list, bool, dict[str, list[str]]]:
+    "Where paths begin, what there is to check, whether that is shards, and what can be told without opening any file. UserError if there is nothing."
+    if root.is_file():
+        return root.parent, [root.name], True, {}
+    if not root.is_dir():
+        raise UserError(f"{root} is missing: give the folder that holds the bags, or a .tar file")
+    tars, folders, others = find_bags(root)
+    unfinished = [name for _, names in walk(root) for name in names if name.endswith(".tar.part")]
+    unfinished += [f".unfinished/{path.name}" for path in sorted(root.glob(".unfinished/*"))]
+    names = list(folders)
+    jobs = tars or [names[i:i + 100] for i in range(0, len(names), 100)]
+    if not jobs and not others and not unfinished:
+        raise UserError(f"no bags in {root}: looked in it and all folders below for .tar shards, and for folders of pictures of which one is real.* or source.*")
+    return root, jobs, bool(tars), dict(unfinished=unfinished, missing=_missing(root, tars), no_real=[] if tars else others)
 
 
 def verify_bags(root: str | Path, decode: bool = True, workers: int | None = None) -> dict:
@@ -439,35 +462,25 @@ def verify_bags(root: str | Path, decode: bool = True, workers: int | None = Non
     Gives root, kind, shards, bags (whole ones), pictures (of them), per_bag {pictures: bags}, unchecked (shards without sums), decoded, ok,
     and problems {kind of PROBLEMS: dict(count, first: up to 20 names)}. UserError if there is nothing to read."""
     root = Path(root).expanduser()
-    base, tars, folders, others, unfinished = root, [root.name], {}, [], []
-    if root.is_dir():
-        tars, folders, others = find_bags(root)
-        unfinished = [name for _, names in walk(root) for name in names if name.endswith(".tar.part")]
-        unfinished += [f".unfinished/{path.name}" for path in sorted(root.glob(".unfinished/*"))]
-    elif root.is_file():
-        base = root.parent
-    else:
-        raise UserError(f"{root} is missing: give the folder that holds the bags, or a .tar file")
-    names = list(folders)
-    jobs = tars or [names[i:i + 100] for i in range(0, len(names), 100)]
-    if not jobs and not others and not unfinished:
-        raise UserError(f"no bags in {root}: looked in it and all folders below for .tar shards, and for folders of pictures of which one is real.* or source.*")
-    problems = {kind: Counter() for kind in PROBLEMS}
-    problems["unfinished"].update(unfinished)
-    problems["missing"].update(_missing(base, tars) if root.is_dir() else ())
-    problems["no_real"].update(() if tars else others)
-    keys, per_bag = [], Counter()
+    try:
+        base, jobs, shards, known = _jobs(root)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or root}: {error.strerror or error}. Check the folder and its permissions") from error
+    problems = {kind: Counter(known.get(kind, ())) for kind in PROBLEMS}
+    keys, per_bag = Counter(), Counter()
     workers = min(os.cpu_count() or 1 if workers is None else workers, len(jobs))
-    for found in tqdm(DataLoader(_Checks(base, jobs, decode), batch_size=None, num_workers=workers if workers > 1 else 0, collate_fn=_as_it_is), "reading", unit="part", delay=3, leave=False):
-        keys += found["keys"]
+    checks = DataLoader(_Checks(base, jobs, decode), batch_size=None, num_workers=workers if workers > 1 else 0, collate_fn=_as_it_is)
+    for found in tqdm(checks, "reading", unit="part", delay=3, leave=False):
+        keys.update(found["keys"])
         per_bag.update(found["sizes"])
         for kind in PROBLEMS:
             problems[kind].update(found[kind])
-    problems["duplicate"].update(key for key, n in Counter(keys).items() if n > 1)
-    report = dict(root=str(root), kind="shards" if tars else "folders", shards=len(tars), bags=sum(per_bag.values()), pictures=sum(n * bags for n, bags in per_bag.items()),
-                  per_bag=dict(sorted(per_bag.items())), unchecked=sum(not (base / f"{path}.json").is_file() for path in tars), decoded=decode)
-    report["problems"] = {kind: dict(count=len(names), first=list(names)[:20]) for kind, names in problems.items()}
-    return dict(report, ok=not any(map(len, problems.values())) and report["bags"] > 0)
+    problems["duplicate"].update(key for key, n in keys.items() if n > 1)
+    return dict(root=str(root), kind="shards" if shards else "folders", shards=len(jobs) if shards else 0,
+                bags=sum(per_bag.values()), pictures=sum(n * bags for n, bags in per_bag.items()), per_bag=dict(sorted(per_bag.items())),
+                unchecked=sum(not (base / f"{path}.json").is_file() for path in jobs) if shards else 0, decoded=decode,
+                problems={kind: dict(count=len(names), first=list(names)[:20]) for kind, names in problems.items()},
+                ok=not any(problems.values()) and bool(per_bag))
 
 
 def _as_it_is(found: dict) -> dict:
