@@ -803,3 +803,40 @@ def test_two_processes_with_two_workers_each(tmp_path):
     assert not files[0] & files[1] and len(files[0]) == len(files[1]) == 4
     assert files[0] == {f"{int(bags.shard[i]):06d}.tar" for i in seen[0]}
     assert all(len({number for number, _ in lines}) >= min(2, os.cpu_count()) for lines in opened), "the workers read, not one process"
+
+
+# ---------------------------------------------------------------- in training
+
+def test_training_reads_shards_in_order(tmp_path):
+    "Every bag once an epoch, shard by shard, resumed in the middle to the same weights; a source without shards is refused before anything is written."
+    from dataclasses import replace
+
+    from mae_repro.methods.siamese import SiamMAE
+    from mae_repro.training import pretrain as P
+    from mae_repro.training.config import replace_in
+    from mae_repro.training.data import DataConfig
+    from mae_repro.training.recipes import recipe
+    write(tmp_path / "bags", "shards", 24, per=6, generated=1)
+    config = recipe("cdgmae-tiny")
+    method = SiamMAE(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, mask_ratio=.5, decoder_mlp_dim=16, decoder_dropout=0.)
+    config = replace(config, method=method, data=DataConfig(tmp_path / "bags", workers=0, repeats=1), optim=replace(config.optim, batch_size=4, epochs=2, warmup_epochs=0.),
+                     views=replace(config.views, order="sequential", buffer=2, streams=2), train=replace(config.train, device="cpu", figure_every=0., log_every=1))
+    P.pretrain(config, tmp_path / "whole", progress=False)
+    asked = []
+
+    def stop(encoder):
+        asked.append(1)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return {}
+    with pytest.raises(KeyboardInterrupt):
+        P.pretrain(replace(config, train=replace(config.train, probe_every=.5, save_every=.5)), tmp_path / "cut", probe=stop, progress=False)
+    P.resume(tmp_path / "cut", progress=False)
+    assert (tmp_path / "cut/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    other = P.pretrain(replace_in(config, "views.order", "shuffled"), tmp_path / "shuffled", progress=False)
+    assert (other / "model.safetensors").read_bytes() != (tmp_path / "whole/model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="--views.streams 3 does not divide"):
+        P.pretrain(replace_in(config, "views.streams", 3), tmp_path / "no", progress=False)
+    with pytest.raises(UserError, match="for bags in shards"):
+        P.pretrain(replace(config, data=DataConfig(repeats=1, limit=8, workers=0)), tmp_path / "no", progress=False)
+    assert not (tmp_path / "no").exists()

@@ -41,7 +41,7 @@ from ..parts.weights import UserError
 from .checkpoints import clean_aside, latest_checkpoint, save_checkpoint, write_state
 from .optimisation import adamw, parameter_groups, peak_lr, set_lr, step_lr
 from .config import Config, config_from_dict, config_to_dict, kind_name, replace_in, validate
-from .data import open_views
+from .data import open_views, reading_order
 from ..views.samples import EpochBatches, Views, loader
 
 # %% ../../nbs/training/33_pretrain.ipynb #e92cac81
@@ -242,6 +242,7 @@ class Trainer:
     def __init__(self, config: Config, run_dir: Path, views: Views, accelerator, interrupt: Interrupt):
         self.config, self.run_dir, self.views, self.accelerator, self.interrupt = config, Path(run_dir), views, accelerator, interrupt
         o, t = config.optim, config.train
+        self.order = reading_order(views.source, config.views)
         self.epoch_steps = len(views) // o.batch_size
         self.total, self.peak = self.epoch_steps * (o.stop_epochs or o.epochs), peak_lr(config)
         torch.manual_seed(t.seed)
@@ -458,7 +459,7 @@ def batches_to_do(trainer: Trainer) -> Iterator[list[dict]]:
     "The micro-batches of this process for each step that is still to do."
     d, t, a = trainer.config.data, trainer.config.train, trainer.accelerator
     order = EpochBatches(len(trainer.views), trainer.config.optim.batch_size, t.seed, trainer.config.optim.epochs,
-                         a.process_index, a.num_processes, t.accumulate, start_step=trainer.done, together=trainer.config.views.together)
+                         a.process_index, a.num_processes, t.accumulate, start_step=trainer.done, together=trainer.config.views.together, shuffle=trainer.order)
     data = loader(trainer.views, order, d.workers, pin_memory=a.device.type == "cuda")
     data.worker_init_fn = ignore_signals
     batches = iter(data)
