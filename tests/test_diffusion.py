@@ -1,5 +1,6 @@
 "The diffusion model that paints views: its parts, its training, and its pipeline on disk."
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -281,6 +282,26 @@ def test_accumulation_changes_nothing(images, encoder_run, plain, tmp_path):
     assert ours == pytest.approx(theirs, rel=1e-3) and len(set(theirs)) == 6
 
 
+def test_two_processes_train_what_one_does(images, encoder_run, plain, tmp_path):
+    "Noise, time steps and dropping belong to the sample: with torchrun the losses are those of one process, to rounding."
+    import socket
+    import subprocess
+    import sys
+    config = small(images, encoder_run)
+    P.write_json(tmp_path / "config.json", config_to_dict(config))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = tmp_path / "train.py"
+    script.write_text(f"import json\nfrom mae_repro.training.config import config_from_dict\nfrom mae_repro.training.pretrain import pretrain\n"
+                      f"pretrain(config_from_dict(json.load(open({str(tmp_path / 'config.json')!r}))), {str(tmp_path / 'run')!r}, progress=False)\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), str(script)], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours, theirs = ([line["loss"] for line in P.read_metrics(run)] for run in (tmp_path / "run", plain))
+    assert ours == pytest.approx(theirs, rel=1e-3)
+
+
 def test_latents_of_an_autoencoder(images, encoder_run, tmp_path):
     "The published form, in miniature: AutoencoderKL from a folder, class embedding, checkpointing."
     AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4).save_pretrained(tmp_path / "vae")
@@ -321,10 +342,15 @@ def test_command_line(images, encoder_run, tmp_path, capsys):
     assert run(["views", "train", "sldm-tiny", *small, "--out", str(tmp_path / "run")]) == 0
     assert f"mae-repro views make --generator {tmp_path / 'run'}" in capsys.readouterr().out
     assert len(list((tmp_path / "run/figures").glob("*.png"))) == 1
+    assert run(["export", str(tmp_path / "run"), "--to", "timm"]) == 2 and "--to half only" in capsys.readouterr().err
+    assert run(["export", str(tmp_path / "run"), "--to", "half", "--out", str(tmp_path / "half")]) == 0
+    exact, half = (open_pipeline(tmp_path / name).unet.state_dict() for name in ("run", "half"))
+    assert all(torch.equal(half[k], v.half().float()) for k, v in exact.items()) and (tmp_path / "half/model.json").is_file()
+    capsys.readouterr()
     assert run(["resume", str(tmp_path / "run")]) == 0 and "nothing to do" in capsys.readouterr().err
     for args, said in ((["train"], "needs the name of a recipe"), (["train", "sldm-tinny"], "did you mean sldm-tiny"), (["train", "mae-tiny"], "another command"),
                        (["train", "sldm-tiny", "--train.probe-every", "1"], "probes an encoder"), (["train", "sldm-tiny", "--method.head-dim", "7"], "--method.head-dim 7")):
         assert run(["views", *args]) == 2 and said in capsys.readouterr().err
     assert run(["pretrain", "sldm-tiny"]) == 2 and "views train" in capsys.readouterr().err
     assert run(["views", "train", "sldm-tiny", "--help"]) == 0 and "--method.condition-dropout" in capsys.readouterr().out
-    assert run(["recipes", "sldm-tiny"]) == 0 and "--method.unshuffle 2" in capsys.readouterr().out
+    assert run(["recipes", "sldm-tiny"]) == 0 and "--method.head-dim 16" in capsys.readouterr().out

@@ -20,13 +20,15 @@ from .cdgmae import CDGMAE
 from .croco import CroCo
 from .crossmae import CrossMAE
 from .mae import ENCODER_KEYS, MAE, sizes_of
+from .mum import MuM
 from .siamese import CropMAE, SiamMAE
 from ..parts.encoder import Encoder
 from ..parts.model import MaskedAutoencoder, ModelConfig, initialise_mae
 from ..parts.weights import KeyMap, LoadReport, UserError, data_dir, impatient_hub, load_into, load_state, read_checkpoint, save_state
 
 # %% ../../nbs/methods/19_catalogue.ipynb #2013dfa4
-METHODS: dict[str, type[ModelConfig]] = {"mae": MAE, "crossmae": CrossMAE, "siammae": SiamMAE, "cropmae": CropMAE, "croco": CroCo, "cdgmae": CDGMAE}
+METHODS: dict[str, type[ModelConfig]] = {"mae": MAE, "crossmae": CrossMAE, "siammae": SiamMAE, "cropmae": CropMAE, "croco": CroCo, "cdgmae": CDGMAE,
+                                         "mum": MuM}
 
 
 def method_name(config: ModelConfig) -> str:
@@ -67,7 +69,8 @@ def _published(path: Path) -> tuple[type[ModelConfig] | None, dict[str, Tensor],
     if path.with_name("model.json").is_file() and "encoder.patch_embed.proj.weight" in state:
         raise UserError(f"{path}: is part of a run; give its folder {path.parent}")
     method = METHODS.get(about.get("method")) or next((m for m in METHODS.values() if m.recognises(state)), None)
-    missing = {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} - state.keys()
+    positions = "rope_embed.periods" if "rope_embed.periods" in state else "pos_embed"
+    missing = {"cls_token", positions, "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} - state.keys()
     if method is None and missing - ({"cls_token"} if about.get("class_token") is False else set()):
         raise UserError(f"{path}: lacks {', '.join(sorted(missing))}, so it is no Vision Transformer with published names")
     return method, state, about
@@ -115,12 +118,15 @@ def _filled(path: Path, config: ModelConfig, state: dict[str, Tensor], unknown: 
 
 
 def _encoder_like(state: dict[str, Tensor], about: dict) -> tuple[Encoder, LoadReport]:
-    sizes = {k: about[k] for k in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")} if "num_heads" in about \
-        else sizes_of({k: v for k, v in state.items() if k != "mask_token"})
-    encoder = Encoder(**sizes, final_norm="norm.weight" in state, class_token="cls_token" in state)
-    keys = KeyMap(ENCODER_KEYS)
-    known = {k: v for k, v in state.items() if k.startswith(tuple(old for old, _ in ENCODER_KEYS))}
-    report = load_into(encoder, {k.removeprefix("encoder."): v for k, v in keys.to_ours(known).items()})
+    if "rope_embed.periods" in state:   # turned by stored wave lengths: MuM's encoder-only release
+        encoder, to_ours, names = MuM.from_published(state).build_encoder(), MuM.to_ours, ("rope_embed.", *(old for old, _ in ENCODER_KEYS))
+    else:
+        sizes = {k: about[k] for k in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")} if "num_heads" in about \
+            else sizes_of({k: v for k, v in state.items() if k != "mask_token"})
+        encoder = Encoder(**sizes, final_norm="norm.weight" in state, class_token="cls_token" in state)
+        to_ours, names = KeyMap(ENCODER_KEYS).to_ours, tuple(old for old, _ in ENCODER_KEYS)
+    known = {k: v for k, v in state.items() if k.startswith(names)}
+    report = load_into(encoder, {k.removeprefix("encoder."): v for k, v in to_ours(known).items()})
     return encoder, LoadReport(report.missing, tuple(sorted(state.keys() - known.keys())), report.mismatched)
 
 
@@ -201,6 +207,8 @@ def export_model(run: str | Path, to: str, out: str | Path) -> str:
         raise UserError(f"--to {to!r} is not known; choose timm, official or half")
     if out.exists():
         raise UserError(f"{out}: exists already; remove it or choose another --out")
+    if (run / "pipeline").is_dir():
+        return _export_pipeline(run, to, out)
     model, config = open_model(run)
     out.parent.mkdir(parents=True, exist_ok=True)
     if to == "timm":
@@ -212,5 +220,17 @@ def export_model(run: str | Path, to: str, out: str | Path) -> str:
         save_model(out, model.half(), config, {k: v for k, v in about.items() if k not in ("method", "config")})
         return f"from mae_repro.methods.catalogue import open_model\nmodel, config = open_model({str(out)!r})"
     about = json.dumps({"method": method_name(config), "config": asdict(config)})
-    torch.save({"model": type(config).to_published(model.state_dict()), "mae_repro": about}, out)
+    constants = getattr(config, "constants", {})   # what the authors' code stores beside the weights
+    torch.save({"model": type(config).to_published(model.state_dict()) | constants, "mae_repro": about}, out)
     return f"import torch\nstate = torch.load({str(out)!r}, weights_only=True)['model']  # names of {method_name(config)}'s published code"
+
+
+def _export_pipeline(run: Path, to: str, out: Path) -> str:
+    "The pipeline of a run that trained a painter of views, in float16, and what its model.json said."
+    from mae_repro.methods.diffusion import open_pipeline
+    if to != "half":
+        raise UserError(f"--to {to}: {run} holds a diffusion pipeline, which is written as --to half only; {run / 'pipeline'} is a folder that diffusers reads as it is")
+    open_pipeline(run, torch.float16).save_pretrained(out / "pipeline", safe_serialization=True)
+    if (run / "model.json").is_file():
+        (out / "model.json").write_text((run / "model.json").read_text())
+    return f"from mae_repro.methods.diffusion import open_pipeline\npipeline = open_pipeline({str(out)!r})"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Denoising', 'generators', 'NoisePrediction', 'SLDM', 'open_vae']
 
-# %% ../../nbs/methods/18_sldm.ipynb #1d94476a
+# %% ../../nbs/methods/18_sldm.ipynb #36470bcb
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-# %% ../../nbs/methods/18_sldm.ipynb #ea713bad
+# %% ../../nbs/methods/18_sldm.ipynb #f76b7468
 from ..parts.patches import denormalise, normalise
 from ..parts.weights import UserError, impatient_hub
 
-# %% ../../nbs/methods/18_sldm.ipynb #75ca0444
+# %% ../../nbs/methods/18_sldm.ipynb #b001d7c5
 class Denoising(NamedTuple):
     "What the model returns: loss (), sample_loss (B,), timesteps (B,), and which samples were told nothing, dropped (B,) bool."
     loss: Tensor
@@ -34,7 +34,7 @@ def generators(noise: Tensor) -> list[torch.Generator]:
     high, low = (noise.flatten(1)[:, :2].cpu().double() * 2 ** 24).long().unbind(1)
     return [torch.Generator().manual_seed(int(seed)) for seed in (high << 24 | low)]
 
-# %% ../../nbs/methods/18_sldm.ipynb #8f7e8db8
+# %% ../../nbs/methods/18_sldm.ipynb #cb245603
 class NoisePrediction(nn.Module):
     """Views -> latents -> noise added -> noise predicted, with or without the embedding of the image: what trains a SelfConditionedLatentDiffusion.
 
@@ -103,7 +103,7 @@ class NoisePrediction(nn.Module):
         made.set_progress_bar_config(disable=True)
         return made
 
-# %% ../../nbs/methods/18_sldm.ipynb #f0a336b5
+# %% ../../nbs/methods/18_sldm.ipynb #03916d72
 @dataclass(frozen=True)
 class SLDM:
     "Self-conditioned latent diffusion (Gen-SIS; CDG-MAE section 3): a denoiser that is told the embedding of the image. Defaults: 256 pixels, latents of an AutoencoderKL."
@@ -133,8 +133,8 @@ class SLDM:
     "share of samples that are told nothing, for guidance"
     ema_decay: float = .9999
     "memory of the averaged weights"
-    beta_schedule: Literal["scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
-    "how noise grows over the 1000 training steps: scaled_linear for latents, squaredcos_cap_v2 for small pictures"
+    beta_schedule: Literal["scaled_linear", "linear", "squaredcos_cap_v2"] = "scaled_linear"
+    "how noise grows over the 1000 training steps: scaled_linear for latents, linear (DDPM) or squaredcos_cap_v2 for pixels"
 
     num_views = 1
 
@@ -184,8 +184,11 @@ class SLDM:
     def build_scheduler(self):
         "Noise schedule and DDIMScheduler. Latents: Stable Diffusion's constants. Pixels: the estimate of the picture is kept within its range (dynamic thresholding)."
         from diffusers import DDIMScheduler
-        kind = dict(beta_start=.00085, beta_end=.012, clip_sample=False) if self.vae else dict(clip_sample=False, thresholding=True, sample_max_value=1.)
-        return DDIMScheduler(num_train_timesteps=1000, beta_schedule=self.beta_schedule, set_alpha_to_one=False, steps_offset=1, **kind)
+        if self.vae:
+            kind = dict(beta_start=.00085, beta_end=.012, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+        else:
+            kind = dict(clip_sample=False, thresholding=True, sample_max_value=1., timestep_spacing="trailing")
+        return DDIMScheduler(num_train_timesteps=1000, beta_schedule=self.beta_schedule, **kind)
 
     def dry_run(self) -> None:
         "Open the frozen parts, build the UNet without memory and run it. ValueError, UserError."

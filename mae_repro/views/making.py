@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'MakeConfig', 'view_seeds', 'bag', 'make_part', 'make_views']
 
-# %% ../../nbs/views/35_making.ipynb #43c68d79
+# %% ../../nbs/views/35_making.ipynb #eb6cc30e
 import hashlib
 import io
 import json
@@ -20,13 +20,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-# %% ../../nbs/views/35_making.ipynb #8caa6796
+# %% ../../nbs/views/35_making.ipynb #46abb110
 from ..parts.weights import UserError
 from .generators import Generator, Picture
 from .photos import BrokenImage, ImageSet
 from .shards import keys_of, open_part
 
-# %% ../../nbs/views/35_making.ipynb #12929374
+# %% ../../nbs/views/35_making.ipynb #1cd8fc70
 @dataclass(frozen=True)
 class MakeConfig:
     "How bags are made and kept."
@@ -45,13 +45,13 @@ class MakeConfig:
     real_size: int | None = None
     "Store the real image with its shorter side shrunk to this; None: the original file, untouched."
 
-# %% ../../nbs/views/35_making.ipynb #a670e086
+# %% ../../nbs/views/35_making.ipynb #87ade094
 def view_seeds(seed: int, name: str, num_views: int) -> list[int]:
     "Seeds of the views of an image: of its name and nothing else, so that neither other images, nor batches, nor the number of views change them."
     digest = np.frombuffer(hashlib.sha256(os.fsencode(name)).digest(), dtype=np.uint32)
     return [int(s) >> 1 for s in np.random.SeedSequence((seed, *digest.tolist())).generate_state(num_views, np.uint64)]  # torch takes 63 bits
 
-# %% ../../nbs/views/35_making.ipynb #0ba2f408
+# %% ../../nbs/views/35_making.ipynb #21c6d199
 def _encoded(image: Image.Image, quality: int) -> tuple[str, bytes]:
     buffer, png = io.BytesIO(), quality >= 100
     image.save(buffer, "PNG") if png else image.save(buffer, "JPEG", quality=quality)
@@ -76,7 +76,7 @@ def bag(images: ImageSet, i: int, picture: Picture, views: list[Image.Image], se
     made = dict(image=picture.name, seed=config.seed, views={name: seed for name, seed in zip(list(files)[1:], seeds)}, **about)
     return files | {"json": json.dumps(made).encode()}
 
-# %% ../../nbs/views/35_making.ipynb #3ff89057
+# %% ../../nbs/views/35_making.ipynb #19c90309
 MANIFEST = "make.json"
 
 
@@ -111,7 +111,7 @@ def _short(value) -> str:
     text = json.dumps(value)
     return text if len(text) < 80 else text[:77] + "..."
 
-# %% ../../nbs/views/35_making.ipynb #3894893a
+# %% ../../nbs/views/35_making.ipynb #51d7d8e0
 def _pictures(images: ImageSet, rows: list[int]) -> tuple[list[tuple[int, Picture]], list[str]]:
     "Readable pictures with their numbers, and what is wrong with the others."
     good, bad = [], []
@@ -159,7 +159,7 @@ def make_part(images: ImageSet, keys: list[str], rows: range, writer, generator:
             tick(len(batch))
     return problems
 
-# %% ../../nbs/views/35_making.ipynb #a67dcee0
+# %% ../../nbs/views/35_making.ipynb #fb343975
 def make_views(images: ImageSet, generator: Generator, out: str | Path, config: MakeConfig = MakeConfig(), rank: int = 0, progress: bool = True,
                tick: Callable[[int], None] | None = None) -> dict:
     """Bags of all images in the folder `out`; goes on where an earlier attempt stopped, and shares the work with other processes that do the same.
