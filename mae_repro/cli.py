@@ -55,9 +55,10 @@ def parse(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
         if not stop.code:
             raise
         text = re.sub(r"\x1b\[[0-9;]*m|\[/?bold\]", "", said.getvalue())
-        lines = [re.sub(r"^[│╭╰]\s?|\s*[│╮╯]$", "", line).rstrip() for line in text.splitlines()]
-        lines = [line for line in lines if line.strip() and set(line.strip()) - set("─-") and not line.startswith("─")]
-        raise BadUsage("\n".join(lines) or "the arguments cannot be understood") from None
+        text = re.sub(r"\A(╭.*\n|.*\n\s*-+\s*\n)", "", text)  # a frame, or in a notebook a title and dashes, which says less than what follows
+        lines = [re.sub(r"^[│╰]\s?|\s*[│╯]$", "", line).rstrip() for line in text.splitlines()]
+        lines = [line for line in lines if line.strip() and set(line.strip()) - set("─-")]
+        raise BadUsage("\n".join(lines).lstrip() or "the arguments cannot be understood") from None
 
 
 def _check_json(where: str | None) -> None:
