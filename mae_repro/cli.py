@@ -17,7 +17,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -477,7 +477,7 @@ def train_views(args: list[str]) -> int:
 
 
 @dataclass(frozen=True)
-class MakeArgs:
+class MakeArgs(Generic[C]):
     """Give every image other views, and keep image and views as a bag. Goes on where it was stopped; the same command started several times shares the work.
 
     GENERATOR: a run of `mae-repro views train` (or the folder of its pipeline); crops; video (images are then videos, whose middle frame is the image);
@@ -486,31 +486,19 @@ class MakeArgs:
     "Who paints."
     out: Path
     "Folder of the bags."
+    config: Annotated[C, arg(name="")]
     images: Path | None = None
     "Folder of images in any layout; None: the photographs that come with scikit-image."
     split: str | None = None
     "Part of the images, where they have parts; None: train."
     limit: int | None = None
     "At most so many images, evenly spaced."
-    num_views: int = 4
-    "Views of each image."
     steps: int = 50
     "Steps of the sampler (DDIM)."
     guidance: float = 6.
     "How much the image is exaggerated; 1: not at all."
     img_size: int = 256
     "crops: side of a view."
-    seed: int = 0
-    batch_size: int = 8
-    "Images that are painted at a time."
-    format: Literal["shards", "folders"] = "shards"
-    "Tar files in the manner of WebDataset, or a folder for each image."
-    per_shard: int = 1000
-    "Images in a shard; also the portion of work that a process takes at a time."
-    quality: int = 92
-    "JPEG quality of the views; 100: PNG."
-    real_size: int | None = None
-    "Store the real image with its shorter side shrunk to this; None: the original file."
     processes: int | None = None
     "Processes on this machine, each on a GPU of its own if there are any; None: as many as GPUs, or 1."
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -523,7 +511,8 @@ def make(args: list[str]) -> int:
     import torch
 
     from mae_repro.parts.weights import UserError
-    a = parse(MakeArgs, args, "mae-repro views make")
+    from mae_repro.views.making import MakeConfig
+    a = parse(MakeArgs[MakeConfig], args, "mae-repro views make")
     gpus = torch.cuda.device_count() if _device(a.device).type == "cuda" else 0
     count = a.processes or max(gpus, 1)
     if count < 1:
@@ -537,10 +526,9 @@ def make(args: list[str]) -> int:
 
 def _make(a: MakeArgs, rank: int, device: str, progress: bool = True, tick=None) -> dict:
     "One process's share of the bags."
-    from mae_repro.views.making import MakeConfig, make_views
+    from mae_repro.views.making import make_views
     images, generator = _generator(a, device)
-    names = ("num_views", "seed", "batch_size", "format", "per_shard", "quality", "real_size")
-    return make_views(images, generator, a.out, MakeConfig(**{name: getattr(a, name) for name in names}), rank, progress, tick)
+    return make_views(images, generator, a.out, a.config, rank, progress, tick)
 
 
 def _generator(a: MakeArgs, device: str):
@@ -572,7 +560,9 @@ def _generator(a: MakeArgs, device: str):
     if not Path(a.generator).exists():
         raise UserError(f"--generator {a.generator}: neither a folder, nor one of crops, video, folder:DIR, {', '.join(f'{k}:MODEL' for k in G.DIFFUSERS)}")
     from mae_repro.methods.diffusion import open_pipeline
-    return images, G.PipelineGenerator(open_pipeline(a.generator, dtype).to(device), Path(a.generator).as_posix(), steps=a.steps, guidance=a.guidance, together=True)
+    painter, folder = open_pipeline(a.generator, dtype).to(device), Path(a.generator)
+    weights = G.weights_digest(folder / "pipeline" if (folder / "pipeline").is_dir() else folder)
+    return images, G.PipelineGenerator(painter, folder.as_posix(), steps=a.steps, guidance=a.guidance, together=True, weights=weights)
 
 
 def _made(done: dict, where: str | None) -> None:
@@ -676,44 +666,19 @@ def verify(args: list[str]) -> int:
 
 
 @dataclass(frozen=True)
-class ScoreArgs:
+class ScoreArgs(Generic[C]):
     """How alike are two views of a sample? GS, LS and NPS (CDG-MAE) with 95 % intervals over items, the distance to the first video source, and the paper's numbers beside them.
 
-    SOURCE is KIND:DIR, or KIND alone for built-in data. Kinds: video, bag, neighbour, random-pair, crop-pair, identical."""
+    SOURCE is KIND:DIR, or KIND alone for built-in data. Kinds: video, bag, neighbour, random-pair, crop-pair, identical.
+    Options with a star: the paper does not say. --embed, if it is not given, is the backbone."""
     sources: Positional[Annotated[tuple[str, ...], arg(metavar="SOURCE...")]]
+    config: Annotated[C, arg(name="")]
     backbone: str = "mae-tiny"
     "Whose tokens are compared: a run, a checkpoint, a timm name (the paper's: vit_base_patch16_224.mae), or shipped weights, which are small."
     untrained: int | None = None
     "The same architecture with its initial weights of this seed: the control."
     reference: str | None = None
     "The source that distances are measured to; None: the first video source."
-    pairs: int = 5000
-    "Pairs of each source, spread evenly over its items."
-    preprocess: Literal["centre", "train"] = "centre"
-    "centre: central squares of whole images; train: random crops, mirrored at random, each view by itself. (The paper does not say; nor does it for the next three.)"
-    img_size: int | None = None
-    "Side of the views; None: the backbone's own."
-    layer: int = -1
-    "Block whose tokens are compared; -1 the last."
-    norm: bool = True
-    "Apply the final norm to them."
-    target: Literal["real", "generated", "either"] = "real"
-    "bag: the first view of a pair; the second is another of the bag."
-    gap: tuple[int, int] = (4, 48)
-    "video: frames between the two, the last number excluded."
-    strategy: Literal["GlobalToLocal", "LocalToGlobal", "RandomViews"] = "GlobalToLocal"
-    "crop-pair: which crops."
-    neighbours: int = 5
-    "neighbour: how many nearest images the second view is drawn from."
-    embed: str = ""
-    "neighbour: encoder that says which images are alike; empty: the backbone."
-    split: str = "train"
-    limit: int | None = None
-    "Use only this many items."
-    seed: int = 0
-    "Of the pairs."
-    batch_size: int = 64
-    workers: int = 0
     figures: Path | None = None
     "Folder for a picture of the first pair of each source: similarities of its patches, and their matches."
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -721,12 +686,10 @@ class ScoreArgs:
 
 
 def score(args: list[str]) -> int:
-    from dataclasses import fields
-
     from mae_repro.analysis.view_scores import ScoreConfig, format_table, score_sources
     from mae_repro.methods.catalogue import open_encoder
-    a = parse(ScoreArgs, args, "mae-repro views score")
-    config = ScoreConfig(**{f.name: getattr(a, f.name) for f in fields(ScoreConfig)} | {"embed": a.embed or a.backbone})
+    a = parse(ScoreArgs[ScoreConfig], args, "mae-repro views score")
+    config = replace(a.config, embed=a.config.embed or a.backbone)
     device, encoder = _device(a.device), open_encoder(a.backbone, pretrained=a.untrained is None, seed=a.untrained or 0)
     name = a.backbone if a.untrained is None else f"{a.backbone} (untrained, seed {a.untrained})"
     rows = score_sources(encoder, a.sources, config, device, True, name, a.reference)
@@ -897,8 +860,6 @@ class BenchmarkArgs:
 
 
 def benchmark(args: list[str]) -> int:
-    from dataclasses import replace
-
     from tqdm import tqdm
 
     from mae_repro.analysis.cost import Step, benchmark as run_benchmark, forward_gflops

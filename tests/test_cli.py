@@ -102,7 +102,7 @@ def test_parity_command(tmp_path, capsys):
     assert run(["parity", str(files[1]), str(tmp_path / "damaged.safetensors"), "--json", str(tmp_path / "out" / "v.json")]) == 1
     assert [v["ok"] for v in json.loads((tmp_path / "out" / "v.json").read_text())] == [True, False]
     assert "FAILED" in capsys.readouterr().out
-    save_file(tensors, tmp_path / "other.safetensors", meta | {"family": "mum"})
+    save_file(tensors, tmp_path / "other.safetensors", meta | {"family": "another"})
     assert run(["parity", str(tmp_path / "other.safetensors")]) == 1
     assert "not supported yet" in capsys.readouterr().out
 

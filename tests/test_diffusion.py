@@ -336,6 +336,28 @@ def test_weights_are_never_unpickled(plain, tmp_path):
     assert not (tmp_path / "evil").exists()
 
 
+def test_bags_painted_by_a_run(plain, images, tmp_path, capsys):
+    "Batch size changes nothing but roundings; the record says what painted; a retrained model does not go on with the bags of another."
+    import shutil
+
+    from mae_repro.views.bags import open_bags
+    make = ["views", "make", "--generator", str(tmp_path / "painter"), "--images", str(images), "--limit", "6", "--num-views", "2", "--steps", "4", "--quality", "100", "--device", "cpu"]
+    shutil.copytree(plain / "pipeline", tmp_path / "painter")
+    for size in ("1", "4"):
+        assert run([*make, "--batch-size", size, "--out", str(tmp_path / size)]) == 0
+    a, b = (open_bags(tmp_path / size) for size in ("1", "4"))
+    pixels = [np.stack([np.asarray(p, int) for i in range(6) for p in bags.frames(i, [1, 2])]) for bags in (a, b)]
+    assert pixels[0].shape == (12, 16, 16, 3) and np.abs(pixels[0] - pixels[1]).max() <= 1 and (pixels[0] == pixels[1]).mean() > .99 and pixels[0].std() > 1
+    made = json.loads(a.files(0)["json"])
+    assert (made["generator"], made["steps"], made["guidance"], made["seed"]) == ("sldm", 4, 6., 0) and len(made["weights"]) == 16 and len(made["views"]) == 2
+    capsys.readouterr()
+    pipe = open_pipeline(tmp_path / "painter")
+    pipe.unet.conv_out.bias.data += 1
+    pipe.save_pretrained(tmp_path / "painter")
+    (tmp_path / "4/000000.tar").unlink()
+    assert run([*make, "--out", str(tmp_path / "4")]) == 2 and "was begun with other settings: generator" in capsys.readouterr().err
+
+
 def test_command_line(images, encoder_run, tmp_path, capsys):
     small = ["--method.encoder", str(encoder_run), "--method.img-size", "16", "--method.unshuffle", "1", "--method.channels", "8", "16", "--method.head-dim", "8"]
     small += ["--data.root", str(images), "--data.workers", "0", "--data.repeats", "1", "--optim.batch-size", "8", "--optim.epochs", "1", "--train.device", "cpu", "--train.figure-every", "1"]

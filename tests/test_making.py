@@ -176,7 +176,7 @@ def test_pipelines_of_diffusers(pipelines, folder, kind):
     assert same(generator(p[1:], 1, np.array([[3]]))[0][0], views[1][0]) and not same(views[1][0], views[1][1])
     other = generator([p[0]], 1, np.array([[3]]))[0][0]   # the same noise, another image
     assert not same(other, views[1][0])
-    assert generator.about == dict(generator=kind, model=str(pipelines / kind), steps=2, guidance=4.)
+    assert len(generator.weights) == 16 and generator.about == dict(generator=kind, model=str(pipelines / kind), weights=generator.weights, steps=2, guidance=4.)
 
 
 @pytest.mark.parametrize("spec", ["unclip:nobody/nothing-of-this-name", "variations:nobody/nothing-of-this-name", "ip-adapter:nobody/a+nobody/b"])

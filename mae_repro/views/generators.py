@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DIFFUSERS', 'Picture', 'Generator', 'rng', 'CropGenerator', 'Stills', 'stills', 'FrameGenerator', 'FolderGenerator',
-           'PipelineGenerator', 'open_unclip', 'open_variations', 'open_ip_adapter', 'open_frames']
+           'PipelineGenerator', 'weights_digest', 'open_unclip', 'open_variations', 'open_ip_adapter', 'open_frames']
 
-# %% ../../nbs/views/26_generators.ipynb #bda6056c
+# %% ../../nbs/views/26_generators.ipynb #7f0b2cdd
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,13 +20,13 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-# %% ../../nbs/views/26_generators.ipynb #1a0274f4
+# %% ../../nbs/views/26_generators.ipynb #f61bea49
 from ..parts.weights import UserError, impatient_hub
 from .pairs import Crop, distinct
 from .photos import BrokenImage, ImageSet, is_picture, load_image, walk
 from .videos import Listed, natural, open_videos
 
-# %% ../../nbs/views/26_generators.ipynb #e4a18ca7
+# %% ../../nbs/views/26_generators.ipynb #6a870b8a
 class Picture(NamedTuple):
     "An image and what it is called in its data set (its relative path)."
     name: str
@@ -41,7 +42,7 @@ class Generator(Protocol):
     def __call__(self, pictures: list[Picture], num_views: int, seeds: np.ndarray) -> list[list[Image.Image]]:
         "M views of each picture, RGB. Raises BrokenImage if one of them has none."
 
-# %% ../../nbs/views/26_generators.ipynb #5b37fb1d
+# %% ../../nbs/views/26_generators.ipynb #38a6a729
 def rng(seed: int) -> torch.Generator:
     "A generator of random numbers on the CPU: the same numbers whatever device computes."
     return torch.Generator().manual_seed(int(seed))
@@ -67,7 +68,7 @@ class CropGenerator:
                     views[-1].append(v2.functional.to_pil_image(crop([picture.image])[0]))
         return views
 
-# %% ../../nbs/views/26_generators.ipynb #054a8969
+# %% ../../nbs/views/26_generators.ipynb #70906228
 @dataclass(frozen=True, eq=False)
 class Stills(ImageSet):
     "Videos as if each were a photograph: its middle frame. What `FrameGenerator` gives other views of."
@@ -125,7 +126,7 @@ class FrameGenerator:
             views.append(self.videos.frames(i, ids))
         return views
 
-# %% ../../nbs/views/26_generators.ipynb #16c6ffdd
+# %% ../../nbs/views/26_generators.ipynb #ed0c7b0e
 @dataclass(frozen=True, eq=False)
 class FolderGenerator:
     """Views that somebody else has made. For the picture `a/b.jpg`: the pictures in the folder `root/a/b`, else the files `root/a/b.*`, `root/a/b_*` and `root/a/b-*`;
@@ -163,10 +164,10 @@ class FolderGenerator:
             views.append([load_image(os.path.join(self.root, path)) for path in found[:num_views]])
         return views
 
-# %% ../../nbs/views/26_generators.ipynb #7d2d79f2
+# %% ../../nbs/views/26_generators.ipynb #43088633
 @dataclass(frozen=True, eq=False)
 class PipelineGenerator:
-    """A diffusers pipeline that is shown a picture. `argument`: the name under which it takes the picture; `extra`: further arguments of each call.
+    """A diffusers pipeline that is shown a picture. `argument`: the name under which it takes the picture; `extra`: further arguments of each call; `weights`: a digest, for the record.
 
     Each view has a random generator of its own, seeded on the CPU. together: pictures go through the pipeline in one batch, with one generator for each view (our own pipeline);
     else view by view, which every pipeline of diffusers understands."""
@@ -178,10 +179,11 @@ class PipelineGenerator:
     argument: str = "image"
     together: bool = False
     extra: dict = field(default_factory=dict)
+    weights: str = ""
 
     @property
     def about(self) -> dict:
-        return dict(generator=self.kind, model=self.model, steps=self.steps, guidance=self.guidance)
+        return dict(generator=self.kind, model=self.model, weights=self.weights, steps=self.steps, guidance=self.guidance)
 
     def __call__(self, pictures, num_views, seeds):
         settings = dict(num_inference_steps=self.steps, guidance_scale=self.guidance, **self.extra)
@@ -191,7 +193,7 @@ class PipelineGenerator:
             found = [self.pipeline(**{self.argument: p.image}, generator=rng(s), **settings).images[0] for p, row in zip(pictures, seeds) for s in row[:num_views]]
         return [found[i * num_views:(i + 1) * num_views] for i in range(len(pictures))]
 
-# %% ../../nbs/views/26_generators.ipynb #4875d18b
+# %% ../../nbs/views/26_generators.ipynb #abea1e6b
 def _loaded(what: str, where: str, load: Callable):
     "What `load` gives; UserError that names the model if it cannot be had."
     try:
@@ -207,6 +209,16 @@ def _loaded(what: str, where: str, load: Callable):
                         "If the model hub cannot be reached from here, download the model's folder elsewhere and give its path") from error
 
 
+def weights_digest(folder: str | Path) -> str:
+    "16 hexadecimal digits of the UNet's weights in the folder of a pipeline, so that a record tells retrained models apart; '' if there are none there (a name on the hub)."
+    files, sums = sorted(Path(folder).glob("unet/*.safetensors")), hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 22):
+                sums.update(piece)
+    return sums.hexdigest()[:16] if files else ""
+
+
 def _placed(pipeline, device):
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
@@ -216,7 +228,7 @@ def open_unclip(where: str, steps: int, guidance: float, device="cpu", dtype=tor
     "Stable unCLIP: Stable Diffusion 2.1 told a CLIP embedding (stabilityai/stable-diffusion-2-1-unclip). `where`: a folder or a name on the hub. UserError."
     from diffusers import StableUnCLIPImg2ImgPipeline
     pipeline = _loaded("unclip", where, lambda: StableUnCLIPImg2ImgPipeline.from_pretrained(where, dtype=dtype, use_safetensors=True, local_files_only=Path(where).exists()))
-    return PipelineGenerator(_placed(pipeline, device), where, "unclip", steps, guidance, extra=dict(prompt=""))
+    return PipelineGenerator(_placed(pipeline, device), where, "unclip", steps, guidance, extra=dict(prompt=""), weights=weights_digest(where))
 
 
 def open_variations(where: str, steps: int, guidance: float, device="cpu", dtype=torch.float32) -> PipelineGenerator:
@@ -224,7 +236,7 @@ def open_variations(where: str, steps: int, guidance: float, device="cpu", dtype
     from diffusers import StableDiffusionImageVariationPipeline
     pipeline = _loaded("variations", where, lambda: StableDiffusionImageVariationPipeline.from_pretrained(where, dtype=dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False,
                                                                                                          local_files_only=Path(where).exists()))
-    return PipelineGenerator(_placed(pipeline, device), where, "variations", steps, guidance)
+    return PipelineGenerator(_placed(pipeline, device), where, "variations", steps, guidance, weights=weights_digest(where))
 
 
 def open_ip_adapter(where: str, steps: int, guidance: float, device="cpu", dtype=torch.float32) -> PipelineGenerator:
@@ -240,7 +252,7 @@ def open_ip_adapter(where: str, steps: int, guidance: float, device="cpu", dtype
         found = StableDiffusionPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False, local_files_only=local)
         found.load_ip_adapter(adapter, subfolder="models", weight_name="ip-adapter_sd15.safetensors", local_files_only=Path(adapter).exists())
         return found
-    return PipelineGenerator(_placed(_loaded("ip-adapter", where, load), device), where, "ip-adapter", steps, guidance, "ip_adapter_image", extra=dict(prompt=""))
+    return PipelineGenerator(_placed(_loaded("ip-adapter", where, load), device), where, "ip-adapter", steps, guidance, "ip_adapter_image", extra=dict(prompt=""), weights=weights_digest(model))
 
 
 def open_frames(root: str | Path, limit: int | None = None) -> tuple[Stills, FrameGenerator]:
