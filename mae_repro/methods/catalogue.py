@@ -227,10 +227,10 @@ def export_model(run: str | Path, to: str, out: str | Path) -> str:
 
 def _export_pipeline(run: Path, to: str, out: Path) -> str:
     "The pipeline of a run that trained a painter of views, in float16, and what its model.json said."
-    from mae_repro.methods.diffusion import open_pipeline
+    from mae_repro.methods.diffusion import open_pipeline, save_pipeline
     if to != "half":
         raise UserError(f"--to {to}: {run} holds a diffusion pipeline, which is written as --to half only; {run / 'pipeline'} is a folder that diffusers reads as it is")
-    open_pipeline(run, torch.float16).save_pretrained(out / "pipeline", safe_serialization=True)
+    save_pipeline(open_pipeline(run, torch.float16), out / "pipeline")
     if (run / "model.json").is_file():
         (out / "model.json").write_text((run / "model.json").read_text())
     return f"from mae_repro.methods.diffusion import open_pipeline\npipeline = open_pipeline({str(out)!r})"

@@ -4,28 +4,30 @@
 
 # %% auto #0
 __all__ = ['architecture', 'build_encoder', 'FrozenEncoder', 'build_unet', 'denoise', 'to_latents', 'to_pixels',
-           'SelfConditionedLatentDiffusion', 'open_pipeline', 'views_figure']
+           'SelfConditionedLatentDiffusion', 'open_pipeline', 'save_pipeline', 'views_figure']
 
-# %% ../../nbs/methods/16_diffusion.ipynb #57d06f29
+# %% ../../nbs/methods/16_diffusion.ipynb #2368ce1c
+import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, ConfigMixin, DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils import logging as quiet
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-# %% ../../nbs/methods/16_diffusion.ipynb #bbfb715d
+# %% ../../nbs/methods/16_diffusion.ipynb #7985e3ec
 from ..parts.encoder import Encoder
 from ..parts.features import extract
 from ..parts.patches import normalise, show_images
 from ..parts.positions import GridRotation
 from ..parts.weights import UserError
 
-# %% ../../nbs/methods/16_diffusion.ipynb #74323dc0
+# %% ../../nbs/methods/16_diffusion.ipynb #e209bf21
 def architecture(encoder: nn.Module, name: str = "") -> dict:
     "What builds an encoder like this one again, without its weights: the arguments of our Encoder, or a timm name. UserError for other kinds."
     if isinstance(encoder, Encoder):
@@ -47,7 +49,7 @@ def build_encoder(about: dict) -> nn.Module:
     rest = {k: tuple(v) if isinstance(v, list) else v for k, v in about.items() if k != "rope_base"}
     return Encoder(**rest, rotary=None if base is None else GridRotation(base))
 
-# %% ../../nbs/methods/16_diffusion.ipynb #18e787d9
+# %% ../../nbs/methods/16_diffusion.ipynb #ca6905c7
 class FrozenEncoder(ModelMixin, ConfigMixin):
     """A self-supervised ViT that turns images into embeddings, and is never trained: a component of a diffusers pipeline.
 
@@ -92,7 +94,7 @@ class FrozenEncoder(ModelMixin, ConfigMixin):
         self.mean.copy_(found.mean(0))
         self.scale.copy_(1 / (found.std(0) if len(found) > 1 else torch.ones_like(found[0])).clamp(min=1e-6))
 
-# %% ../../nbs/methods/16_diffusion.ipynb #678220d9
+# %% ../../nbs/methods/16_diffusion.ipynb #82552fcd
 def build_unet(sample_size: int, in_channels: int, embed_dim: int, condition: str = "cross-attention", channels: tuple[int, ...] = (128, 256, 512),
                attention_levels: int = 2, layers: int = 2, head_dim: int = 32) -> UNet2DConditionModel:
     """The denoiser: a UNet of `len(channels)` levels, each half the size of the one above, with attention in the lowest `attention_levels`.
@@ -117,7 +119,7 @@ def denoise(unet: UNet2DConditionModel, noisy: Tensor, timesteps: Tensor, embedd
         return unet(noisy, timesteps, embedding[:, None]).sample
     return unet(noisy, timesteps, None, class_labels=embedding).sample
 
-# %% ../../nbs/methods/16_diffusion.ipynb #a2d4fb4c
+# %% ../../nbs/methods/16_diffusion.ipynb #c669b863
 def to_latents(pixels: Tensor, vae: AutoencoderKL | None, unshuffle: int = 1, generator=None) -> Tensor:
     "Pixels (B, 3, H, W) in -1..1 to what is denoised: scaled latents of the VAE, or, without one, the pixels, each block of unshuffle x unshuffle as channels."
     if vae is None:
@@ -133,7 +135,7 @@ def to_pixels(latents: Tensor, vae: AutoencoderKL | None, unshuffle: int = 1) ->
     latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)
     return vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1)
 
-# %% ../../nbs/methods/16_diffusion.ipynb #6e92ff90
+# %% ../../nbs/methods/16_diffusion.ipynb #38946905
 class SelfConditionedLatentDiffusion(DiffusionPipeline):
     """Other views of a photograph, painted from its self-supervised embedding alone (the S-LDM of Gen-SIS, with which CDG-MAE makes its bags).
 
@@ -205,14 +207,28 @@ def open_pipeline(folder: str | Path, dtype: torch.dtype = torch.float32) -> Sel
     if not (folder / "model_index.json").is_file():
         hint = f"it is an unfinished run: go on with `mae-repro resume {folder}`" if (folder / "config.json").is_file() else "give the folder of a run of `mae-repro views train`"
         raise UserError(f"{folder}: holds no diffusion pipeline (model_index.json); {hint}")
+    quiet.disable_progress_bar()
     try:
         found = SelfConditionedLatentDiffusion.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
     except Exception as error:  # diffusers raises many kinds
         raise UserError(f"{folder}: is no pipeline of this project, or damaged ({(str(error).splitlines() or [type(error).__name__])[0][:120]})") from error
+    finally:
+        quiet.enable_progress_bar()
     found.set_progress_bar_config(disable=True)
     return found
 
-# %% ../../nbs/methods/16_diffusion.ipynb #586645fa
+
+def save_pipeline(pipeline: SelfConditionedLatentDiffusion, folder: str | Path) -> None:
+    "`save_pretrained` in safetensors, without the path that the parts were once loaded from, and readable for others."
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    for path in Path(folder).rglob("*.json"):
+        about = json.loads(path.read_text())
+        if about.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(about, indent=2) + "\n")
+    for path in Path(folder).rglob("*.safetensors"):
+        path.chmod(0o644)
+
+# %% ../../nbs/methods/16_diffusion.ipynb #2451ae7b
 def views_figure(pipeline: SelfConditionedLatentDiffusion, images: Tensor, num_views: int = 4, guidance: tuple[float, ...] = (6.,), steps: int = 25, seed: int = 0, size: float = 1.):
     "Figure: each image (B, 3, H, W) in 0..1 and `num_views` views of it for each guidance; view k starts from the same noise everywhere."
     rows, embeddings = [], pipeline.embed(images)

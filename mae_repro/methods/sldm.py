@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Denoising', 'generators', 'NoisePrediction', 'SLDM', 'open_vae']
 
-# %% ../../nbs/methods/18_sldm.ipynb #36470bcb
+# %% ../../nbs/methods/18_sldm.ipynb #47fb7caa
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-# %% ../../nbs/methods/18_sldm.ipynb #f76b7468
+# %% ../../nbs/methods/18_sldm.ipynb #af781c1b
 from ..parts.patches import denormalise, normalise
 from ..parts.weights import UserError, impatient_hub
 
-# %% ../../nbs/methods/18_sldm.ipynb #b001d7c5
+# %% ../../nbs/methods/18_sldm.ipynb #fcd45c5c
 class Denoising(NamedTuple):
     "What the model returns: loss (), sample_loss (B,), timesteps (B,), and which samples were told nothing, dropped (B,) bool."
     loss: Tensor
@@ -34,7 +34,7 @@ def generators(noise: Tensor) -> list[torch.Generator]:
     high, low = (noise.flatten(1)[:, :2].cpu().double() * 2 ** 24).long().unbind(1)
     return [torch.Generator().manual_seed(int(seed)) for seed in (high << 24 | low)]
 
-# %% ../../nbs/methods/18_sldm.ipynb #cb245603
+# %% ../../nbs/methods/18_sldm.ipynb #8de9c137
 class NoisePrediction(nn.Module):
     """Views -> latents -> noise added -> noise predicted, with or without the embedding of the image: what trains a SelfConditionedLatentDiffusion.
 
@@ -103,7 +103,7 @@ class NoisePrediction(nn.Module):
         made.set_progress_bar_config(disable=True)
         return made
 
-# %% ../../nbs/methods/18_sldm.ipynb #03916d72
+# %% ../../nbs/methods/18_sldm.ipynb #b9cd61d4
 @dataclass(frozen=True)
 class SLDM:
     "Self-conditioned latent diffusion (Gen-SIS; CDG-MAE section 3): a denoiser that is told the embedding of the image. Defaults: 256 pixels, latents of an AutoencoderKL."
@@ -205,8 +205,9 @@ class SLDM:
 
     def save(self, folder: Path, model: NoisePrediction, about: dict) -> None:
         "Write the pipeline (safetensors, averaged weights) as `pipeline/`, and `about` as model.json, into `folder`, which is made if missing."
+        from mae_repro.methods.diffusion import save_pipeline
         folder.mkdir(parents=True, exist_ok=True)
-        model.pipeline().save_pretrained(folder / "pipeline", safe_serialization=True)
+        save_pipeline(model.pipeline(), folder / "pipeline")
         (folder / "model.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
