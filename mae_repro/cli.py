@@ -480,7 +480,7 @@ def train_views(args: list[str]) -> int:
 class MakeArgs(Generic[C]):
     """Give every image other views, and keep image and views as a bag. Goes on where it was stopped; the same command started several times shares the work.
 
-    GENERATOR: a run of `mae-repro views train` (or the folder of its pipeline); crops; video (images are then videos, whose middle frame is the image);
+    GENERATOR: a run of `mae-repro views train` (or the folder of its pipeline, or sldm-tiny, which comes with the project); crops; video (images are then videos, whose middle frame is the image);
     folder:DIR (views that somebody else has made); unclip:MODEL, variations:MODEL, ip-adapter:MODEL+ADAPTER (pipelines of diffusers, each a folder or a name on the hub)."""
     generator: Annotated[str, arg(metavar="GENERATOR")]
     "Who paints."
@@ -557,12 +557,14 @@ def _generator(a: MakeArgs, device: str):
         return images, G.FolderGenerator(where)
     if kind in G.DIFFUSERS and where:
         return images, G.DIFFUSERS[kind](where, a.steps, a.guidance, device, dtype)
-    if not Path(a.generator).exists():
+    from mae_repro.methods.catalogue import shipped
+    folder = shipped(a.generator)
+    if not folder.exists():
         raise UserError(f"--generator {a.generator}: neither a folder, nor one of crops, video, folder:DIR, {', '.join(f'{k}:MODEL' for k in G.DIFFUSERS)}")
     from mae_repro.methods.diffusion import open_pipeline
-    painter, folder = open_pipeline(a.generator, dtype).to(device), Path(a.generator)
+    painter = open_pipeline(folder, dtype).to(device)
     weights = G.weights_digest(folder / "pipeline" if (folder / "pipeline").is_dir() else folder)
-    return images, G.PipelineGenerator(painter, folder.as_posix(), steps=a.steps, guidance=a.guidance, together=True, weights=weights)
+    return images, G.PipelineGenerator(painter, a.generator, steps=a.steps, guidance=a.guidance, together=True, weights=weights)
 
 
 def _made(done: dict, where: str | None) -> None:
