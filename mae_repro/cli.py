@@ -625,6 +625,8 @@ def _make_worker(a: MakeArgs, rank: int, count: int, done, results) -> None:
         results.put(_make(a, rank, f"cuda:{rank % torch.cuda.device_count()}" if cuda else "cpu", False, tick))
     except UserError as error:
         results.put(f"mae-repro views: {error}")
+    except KeyboardInterrupt:   # the parent says so
+        pass
 
 
 @dataclass(frozen=True)

@@ -303,6 +303,9 @@ def test_bad_input(folder, tmp_path):
     images = open_images(folder)
     with pytest.raises(UserError, match="not empty"):
         make_views(images, Painter(), tmp_path / "full", progress=False)
+    with pytest.raises(UserError, match="lies within the images"):
+        make_views(images, Painter(), folder / "bags", progress=False)
+    assert not (folder / "bags").exists()
     with pytest.raises(UserError, match="images 11 there, 2 now"):
         make_views(images, Painter(), tmp_path / "ok", MakeConfig(1), progress=False)
         make_views(open_images(folder, limit=2), Painter(), tmp_path / "ok", MakeConfig(1), progress=False)

@@ -82,6 +82,9 @@ MANIFEST = "make.json"
 
 def _manifest(out: Path, images: ImageSet, generator: Generator, config: MakeConfig) -> dict:
     "Write down what is made here; UserError if the folder holds something else, or was begun with other settings or other images."
+    root = getattr(images, "root", "") or getattr(getattr(images, "videos", None), "root", "")
+    if root and out.resolve().is_relative_to(Path(root).resolve()):
+        raise UserError(f"{out} lies within the images ({root}), and what is made would be read as images next time: give another --out")
     names = hashlib.sha256(b"\n".join(os.fsencode(images.key(i)) for i in range(len(images)))).hexdigest()[:16]
     free = ("batch_size",)
     ours = dict(generator=generator.about, images=len(images), names=names, **{k: v for k, v in asdict(config).items() if k not in free})
