@@ -600,6 +600,7 @@ def _make_together(a: MakeArgs, count: int) -> int:
     except KeyboardInterrupt:
         for worker in workers:
             worker.terminate()
+            worker.join()
         raise
     while not results.empty():
         found.append(results.get())
