@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mae_repro.analysis.cost import forward_gflops
 from mae_repro.methods.catalogue import METHODS, export_model, open_encoder, open_model, save_model
 from mae_repro.methods.mae import MAE
 from mae_repro.methods.mum import MuM, ReferenceFirst, encode_scene, initialise_mum
@@ -19,11 +20,14 @@ from mae_repro.parity import read_reference, replay
 from mae_repro.parts.decoders import AlternatingDecoder
 from mae_repro.parts.encoder import Seen, encode_views, places
 from mae_repro.parts.masking import Masks, RandomMasking
+from mae_repro.parts.patches import normalise
 from mae_repro.parts.positions import AxialRotation, GridRotation, rotate
 from mae_repro.parts.weights import UserError, data_dir, load_into
 from mae_repro.training.config import Config, OptimConfig, validate
 from mae_repro.training.data import ViewsConfig
-from mae_repro.training.optimisation import adamw, parameter_groups, set_lr, step_lr
+from mae_repro.training.optimisation import adamw, parameter_groups, peak_lr, set_lr, step_lr
+from mae_repro.training.recipes import recipe
+from mae_repro.views.scenes import render
 
 SHARED = Path(os.environ.get("MAE_REPRO_SHARED", Path(__file__).parents[2] / "shared"))
 EVALUATION = SHARED / "golden/evaluation"
@@ -173,6 +177,15 @@ def test_training_steps_of_mum():
             third = len(error) // 3
             error = torch.cat([error[:third], error[2 * third:]])
         assert error.max() < 1e-4, name
+
+
+@pytest.mark.parametrize("name, images, peak, warm", [("mum-base", 4096, 2.4e-3, .0625), ("mum-large", 6144, 3.6e-3, .05), ("mum-huge", 6144, 3.6e-3, .05)])
+def test_recipes_count_images_as_the_authors(name, images, peak, warm):
+    config = recipe(name)
+    assert config.optim.batch_size * config.method.num_views == images and peak_lr(config) == pytest.approx(peak)
+    assert config.optim.warmup_epochs / config.optim.epochs == pytest.approx(warm) and config.method.norm_eps == 1e-5 and config.train.precision == "bf16"
+    if name == "mum-large":
+        assert config.method == replace(LARGE, norm_eps=1e-5, num_views=12)
 
 
 def test_initialisation():
@@ -346,7 +359,12 @@ def test_meeting_in_the_encoder_is_the_plain_encoder_for_one_view():
         torch.testing.assert_close(encode_scene(model.encoder, views[:, :1], one).tokens, encode_views(model.encoder, views[:, :1], one).tokens, atol=1e-5, rtol=1e-5)
         together, apart = encode_scene(model.encoder, views, masks), encode_views(model.encoder, views, masks)
     assert torch.equal(together.places, apart.places) and (together.tokens - apart.tokens).abs().max() > 1e-2
+    with torch.no_grad():
+        whole = encode_scene(model.encoder, views[:, :1], Masks.given(torch.zeros_like(one.hidden))).tokens
+        torch.testing.assert_close(model.encoder.forward_features(views[:, 0]), whole, atol=1e-5, rtol=1e-5)
     assert len(model.decoder.global_blocks) == 0 and len(model.decoder.frame_blocks) == 4
+    gflops = forward_gflops(replace(SMALL, inter_frame="encoder"))
+    assert gflops["encoder"] > forward_gflops(SMALL)["encoder"] and gflops["decoder"] < forward_gflops(SMALL)["decoder"]
 
 
 @pytest.mark.parametrize("change, says", [(dict(decoder_depth=3), "odd"), (dict(num_views=0), "positive"), (dict(reference_view=True, num_views=1), "reference"),
@@ -480,3 +498,22 @@ def test_batches_of_any_size_share_two_compiled_graphs():
             assert torch.equal(model.reconstruct(x, masks)[1], eager(x, masks)[1])
     assert counters["stats"]["unique_graphs"] <= 2
     torch._dynamo.reset()
+
+
+# ---------------------------------------------------------------- what training teaches
+
+def test_shipped_weights_use_all_views():
+    "One view of new scenes is completed better the more views of the scene are given, and worse with views of other scenes."
+    model, config = open_model(data_dir() / "pretrained/mum-tiny")
+    frames = torch.stack([torch.from_numpy(render((41, i), 8, config.img_size, supersample=1).images) for i in range(16)])
+    views = normalise(frames[:, torch.randperm(8, generator=torch.Generator().manual_seed(0))])
+    noise = noise_of(views)
+
+    def error(views, s):
+        with torch.no_grad():
+            found = model(views[:, :s], noise=noise[:, :s]).patch_loss
+        return found[:, :found.shape[1] // s].mean().item()
+
+    own = [error(views, s) for s in (1, 2, 4, 8)]
+    strange = error(torch.cat([views[:, :1], views[:, 1:4].roll(1, 0)], dim=1), 4)
+    assert own[0] > own[1] > own[2] > own[3] and own[2] < .92 * own[0] and strange > 1.1 * own[2]
