@@ -46,7 +46,8 @@ def reconstruction_rows(model: MaskedAutoencoder, views: Tensor, seed: int = 0) 
     views = views[:, None] if views.ndim == 4 else views
     result, p, norm = reconstruct_all(model, views, seed), model.encoder.patch_size, model.target.norm_pix_loss
     seen = mask_pictures(model, views, seed)
-    anchors = {f"anchor {i}" if views.shape[1] > 2 else "anchor": seen[:, i].cpu() for i in range(1, views.shape[1])}
+    other = "view" if result.predict[:, 1:].any() else "anchor"  # MuM's views are all alike
+    anchors = {f"{other} {i}" if views.shape[1] > 2 else other: seen[:, i].cpu() for i in range(1, views.shape[1])}
     rows = {"image": denormalise(views), "mask": seen, "reconstruction": paint(views, result, p, norm)}
     if norm:
         rows["with true brightness (leaks)"] = paint(views, result, p, norm, "true")
