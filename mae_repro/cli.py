@@ -514,13 +514,19 @@ def make(args: list[str]) -> int:
     from mae_repro.views.making import MakeConfig
     a = parse(MakeArgs[MakeConfig], args, "mae-repro views make")
     gpus = torch.cuda.device_count() if _device(a.device).type == "cuda" else 0
-    count = a.processes or max(gpus, 1)
+    count = max(gpus, 1) if a.processes is None else a.processes
     if count < 1:
         raise UserError(f"--processes {a.processes} must be at least 1")
-    if count > 1 and "RANK" not in os.environ:
-        return _make_together(a, count)
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    _made(_make(a, int(os.environ.get("RANK", 0)), f"cuda:{rank % gpus}" if gpus else "cpu"), a.json)
+    try:
+        if count > 1 and "RANK" not in os.environ:
+            return _make_together(a, count)
+        rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+        done = _make(a, rank, f"cuda:{local % gpus}" if gpus else "cpu", rank == 0)
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on with {a.out}", file=sys.stderr)
+        return 130
+    if rank == 0:
+        _made(done, a.json)
     return 0
 
 
@@ -539,13 +545,16 @@ def _generator(a: MakeArgs, device: str):
     from mae_repro.views import generators as G
     from mae_repro.views.photos import open_images
     kind, _, where = a.generator.partition(":")
-    if a.steps < 1:
-        raise UserError(f"--steps {a.steps} must be at least 1")
+    if a.steps < 1 or not abs(a.guidance) < 1e4:
+        raise UserError(f"--steps {a.steps} must be at least 1, and --guidance {a.guidance} a number of sensible size (the paper's: 6)")
     if kind == "video":
         if a.images is None:
             raise UserError("--generator video needs videos: give --images DIR (files, or folders of frames)")
         return G.open_frames(a.images, a.limit)
-    images = open_images(a.images, a.split, a.limit)
+    try:
+        images = open_images(a.images, a.split, a.limit)
+    except UserError as error:
+        raise UserError(str(error).replace("--data.root", "--images").replace("data.limit", "--limit").replace("data.split", "--split")) from None
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": torch.float32 if device == "cpu" else torch.bfloat16}[a.precision]
     if kind == "crops":
         if a.img_size < 1:
@@ -554,6 +563,8 @@ def _generator(a: MakeArgs, device: str):
     if kind == "folder":
         if not Path(where or "?").is_dir():
             raise UserError(f"--generator {a.generator}: no such folder; give folder:DIR with the views that somebody made")
+        if a.images and Path(where).resolve() == a.images.resolve():
+            raise UserError(f"--generator {a.generator} are the images themselves: give the folder of their views")
         return images, G.FolderGenerator(where)
     if kind in G.DIFFUSERS and where:
         return images, G.DIFFUSERS[kind](where, a.steps, a.guidance, device, dtype)
@@ -563,8 +574,12 @@ def _generator(a: MakeArgs, device: str):
         raise UserError(f"--generator {a.generator}: neither a folder, nor one of crops, video, folder:DIR, {', '.join(f'{k}:MODEL' for k in G.DIFFUSERS)}")
     from mae_repro.methods.diffusion import open_pipeline
     painter = open_pipeline(folder, dtype).to(device)
+    most = painter.scheduler.config.num_train_timesteps
+    if a.steps > most:
+        raise UserError(f"--steps {a.steps} is more than the {most} that this model was trained with")
     weights = G.weights_digest(folder / "pipeline" if (folder / "pipeline").is_dir() else folder)
-    return images, G.PipelineGenerator(painter, a.generator, steps=a.steps, guidance=a.guidance, together=True, weights=weights)
+    return images, G.PipelineGenerator(painter, a.generator, steps=a.steps, guidance=a.guidance, together=True,
+                                       weights=weights, precision=str(dtype).removeprefix("torch."))
 
 
 def _made(done: dict, where: str | None) -> None:
@@ -608,7 +623,8 @@ def _make_together(a: MakeArgs, count: int) -> int:
     if said or len(found) < count:
         print(said[0] if said else "mae-repro views: a process ended before its work was done; give the same command again to go on", file=sys.stderr)
         return 2 if said else 1
-    _made({**found[0], "made": sum(r["made"] for r in found), "skipped": sum(r["skipped"] for r in found), "finished": True}, a.json)
+    unfinished = a.config.format == "shards" and len(list(a.out.glob("*.tar"))) < -(-total // a.config.per_shard)
+    _made({**found[0], "made": sum(r["made"] for r in found), "skipped": max(r["skipped"] for r in found), "finished": not unfinished}, a.json)
     return 0
 
 
@@ -620,8 +636,12 @@ def _make_worker(a: MakeArgs, rank: int, count: int, done, results) -> None:
     if not cuda:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
 
+    parent = os.getppid()
+
     def tick(n: int) -> None:
         done[rank] += n
+        if os.getppid() != parent:   # nobody waits for this any more
+            raise KeyboardInterrupt
     try:
         results.put(_make(a, rank, f"cuda:{rank % torch.cuda.device_count()}" if cuda else "cpu", False, tick))
     except UserError as error:
@@ -642,12 +662,19 @@ class ConvertArgs:
     json: Json = None
 
 
+def _check_workers(workers: int) -> None:
+    from mae_repro.parts.weights import UserError
+    if workers < 0:
+        raise UserError(f"--workers {workers} must not be negative")
+
+
 def convert(args: list[str]) -> int:
     from mae_repro.views.bags import open_bags
     from mae_repro.views.shards import convert_bags
     a = parse(ConvertArgs, args, "mae-repro views convert")
     done = convert_bags(open_bags(a.bags), a.out, a.to, per_shard=a.per_shard, progress=sys.stderr.isatty())
-    emit(done, a.json, f"{a.out}: {done['bags']} bags with {done['pictures']} pictures as {a.to}")
+    rest = f"; {done['elsewhere']} parts are being written by another process" if done["elsewhere"] else ""
+    emit(done, a.json, f"{a.out}: {done['bags']} bags with {done['pictures']} pictures as {a.to}{rest}")
     return 0
 
 
@@ -665,6 +692,7 @@ class VerifyArgs:
 def verify(args: list[str]) -> int:
     from mae_repro.views.shards import format_report, verify_bags
     a = parse(VerifyArgs, args, "mae-repro views verify")
+    _check_workers(a.workers)
     report = verify_bags(a.bags, a.decode, a.workers)
     emit(report, a.json, format_report(report))
     return 0 if report["ok"] else 1
@@ -693,14 +721,19 @@ class ScoreArgs(Generic[C]):
 def score(args: list[str]) -> int:
     from mae_repro.analysis.view_scores import ScoreConfig, format_table, score_sources
     from mae_repro.methods.catalogue import open_encoder
+    from mae_repro.parts.weights import UserError
     a = parse(ScoreArgs[ScoreConfig], args, "mae-repro views score")
+    _check_workers(a.config.workers)
+    if a.config.seed < 0 or (a.untrained or 0) < 0:
+        raise UserError("--seed and --untrained must be 0 or more")
+    if a.figures is not None:
+        a.figures.mkdir(parents=True, exist_ok=True)
     config = replace(a.config, embed=a.config.embed or a.backbone)
     device, encoder = _device(a.device), open_encoder(a.backbone, pretrained=a.untrained is None, seed=a.untrained or 0)
     name = a.backbone if a.untrained is None else f"{a.backbone} (untrained, seed {a.untrained})"
     rows = score_sources(encoder, a.sources, config, device, True, name, a.reference)
     emit(rows, a.json, format_table(rows))
     if a.figures is not None:
-        a.figures.mkdir(parents=True, exist_ok=True)
         for n, source in enumerate(a.sources):
             _pair_figure(encoder, source, config, device).savefig(a.figures / f"{n}-{source.partition(':')[0]}.png")
     return 0
@@ -758,6 +791,11 @@ def filter_views(args: list[str]) -> int:
     from mae_repro.views.bags import open_bags
     from mae_repro.views.shards import convert_bags
     a = parse(FilterArgs, args, "mae-repro views filter")
+    _check_workers(a.workers)
+    if a.batch_size < 1:
+        raise UserError(f"--batch-size {a.batch_size} must be at least 1")
+    if a.figure is not None and (a.figure.is_dir() or not a.figure.parent.is_dir()):
+        raise UserError(f"--figure {a.figure}: cannot be written there. Give the path of a PNG file in a folder that exists")
     consistency = (a.at_least, a.at_most, a.best) != (None, None, None)
     if not consistency and a.classifier is None:
         raise UserError("nothing says which views to keep: give --at-least, --at-most, --best or --classifier")

@@ -103,7 +103,7 @@ def test_recipe_of_another_command():
 @pytest.mark.parametrize("field, value, said", [
     ("method.img_size", 17, "--method.img-size 17 is not a multiple of"), ("method.unshuffle", 0, "--method.unshuffle 0"), ("method.head_dim", 5, "--method.head-dim 5"),
     ("method.channels", (8, 18), "--method.channels 8 18"), ("method.condition_dropout", 1., "--method.condition-dropout"), ("method.ema_decay", 1., "--method.ema-decay"),
-    ("method.encoder", "", "--method.encoder"), ("method.encoder", "nowhere/at/all", "nowhere/at/all: no such file"), ("method.attention_levels", 3, "--method.attention-levels 3"),
+    ("method.encoder", "", "--method.encoder"), ("method.encoder_size", 17, "--method"), ("method.encoder_size", -8, "--method.encoder-size -8"), ("method.encoder", "nowhere/at/all", "nowhere/at/all: no such file"), ("method.attention_levels", 3, "--method.attention-levels 3"),
     ("method.vae", "nowhere/at/all", "--method.vae nowhere/at/all"), ("views.source", "video", None)])
 def test_bad_configs_name_the_field(images, encoder_run, field, value, said):
     config = replace_in(small(images, encoder_run), field, value)
@@ -147,7 +147,28 @@ def test_calibration(encoder_run):
     frozen.calibrate(x.split(7))   # twice is once
     assert torch.allclose(frozen(x), (raw - raw.mean(0)) / raw.std(0), atol=1e-4)
     frozen.calibrate([x[:1]])
+    assert frozen(x).isfinite().all()
+    frozen.calibrate([x[:1].expand(4, -1, -1, -1)])   # nothing varies
+    assert frozen(x).abs().max() < 100
     assert frozen(x).isfinite().all() and not frozen.train().vit.training and not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_calibration_sees_the_whole_data_set(encoder_run):
+    "A data set sorted by class: the first half black, the second half white."
+    class Sorted:
+        def __len__(self): return 2000
+        def __getitem__(self, key): return {"views": torch.full((1, 3, 16, 16), 255 * (key[1] >= 1000), dtype=torch.uint8)}
+    model = SLDM(encoder=str(encoder_run), **SMALL).build()
+    model.before_training(Sorted())
+    both = [model.encoder(normalise(torch.full((1, 3, 16, 16), value, dtype=torch.uint8))) for value in (0, 255)]
+    assert torch.allclose(both[0], -both[1], atol=1e-3) and both[0].abs().sum() > 1
+
+
+def test_half_precision_leaves_the_encoder_alone(plain):
+    exact, half = open_pipeline(plain), open_pipeline(plain, torch.bfloat16)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8))
+    assert half.unet.dtype == torch.bfloat16 and torch.equal(half.embed(image), exact.embed(image))
+    assert half(image, 1, 2, output_type="pt").images.isfinite().all()
 
 
 def test_pixels_and_latents_and_back():
@@ -349,13 +370,14 @@ def test_bags_painted_by_a_run(plain, images, tmp_path, capsys):
     pixels = [np.stack([np.asarray(p, int) for i in range(6) for p in bags.frames(i, [1, 2])]) for bags in (a, b)]
     assert pixels[0].shape == (12, 16, 16, 3) and np.abs(pixels[0] - pixels[1]).max() <= 1 and (pixels[0] == pixels[1]).mean() > .99 and pixels[0].std() > 1
     made = json.loads(a.files(0)["json"])
-    assert (made["generator"], made["steps"], made["guidance"], made["seed"]) == ("sldm", 4, 6., 0) and len(made["weights"]) == 16 and len(made["views"]) == 2
+    by = made["generator"]
+    assert (by["generator"], by["steps"], by["guidance"], by["precision"], made["seed"]) == ("sldm", 4, 6., "float32", 0) and len(by["weights"]) == 16 and len(made["views"]) == 2
     capsys.readouterr()
     pipe = open_pipeline(tmp_path / "painter")
     pipe.unet.conv_out.bias.data += 1
     pipe.save_pretrained(tmp_path / "painter")
     (tmp_path / "4/000000.tar").unlink()
-    assert run([*make, "--out", str(tmp_path / "4")]) == 2 and "was begun with other settings: generator" in capsys.readouterr().err
+    assert run([*make, "--out", str(tmp_path / "4")]) == 2 and "was begun with other settings: weights" in capsys.readouterr().err
 
 
 def test_command_line(images, encoder_run, tmp_path, capsys):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from mae_repro.cli import run
-from mae_repro.parts.weights import UserError
+from mae_repro.parts.weights import UserError, data_dir
 from mae_repro.views import generators as G
 from mae_repro.views.bags import BagViews, open_bags
 from mae_repro.views.making import MakeConfig, make_views, view_seeds
@@ -120,6 +120,8 @@ def test_somebody_elses_views(folder, tmp_path):
     generator = G.FolderGenerator(tmp_path)
     views = generator(p[:2], 2, np.zeros((2, 2)))
     assert same(views[0][0], picture(101)) and same(views[0][1], picture(102)) and same(views[1][0], picture(201))
+    picture(0).save(tmp_path / "same_1_1.png")   # a view of same_1, not of same
+    assert len(generator.paths("same.jpg")) == len(G.FolderGenerator(tmp_path).paths("same.jpg")) == 3
     with pytest.raises(BrokenImage, match="has 3 views"):
         generator(p, 4, np.zeros((3, 4)))
     with pytest.raises(UserError, match="no images"):
@@ -176,7 +178,7 @@ def test_pipelines_of_diffusers(pipelines, folder, kind):
     assert same(generator(p[1:], 1, np.array([[3]]))[0][0], views[1][0]) and not same(views[1][0], views[1][1])
     other = generator([p[0]], 1, np.array([[3]]))[0][0]   # the same noise, another image
     assert not same(other, views[1][0])
-    assert len(generator.weights) == 16 and generator.about == dict(generator=kind, model=str(pipelines / kind), weights=generator.weights, steps=2, guidance=4.)
+    assert len(generator.weights) == 16 and generator.about == dict(generator=kind, model=str(pipelines / kind), weights=generator.weights, precision="float32", steps=2, guidance=4.)
 
 
 @pytest.mark.parametrize("spec", ["unclip:nobody/nothing-of-this-name", "variations:nobody/nothing-of-this-name", "ip-adapter:nobody/a+nobody/b"])
@@ -208,7 +210,7 @@ def test_what_is_on_disk(made, folder):
     bags = open_bags(made)
     files = bags.files(0)
     about = json.loads(files["json"])
-    assert about["generator"] == "painter" and list(about["views"].values()) == view_seeds(0, about["image"], 3) and set(about["views"]) | {"real.jpg", "json"} == set(files)
+    assert about["generator"] == Painter.about and list(about["views"].values()) == view_seeds(0, about["image"], 3) and set(about["views"]) | {"real.jpg", "json"} == set(files)
     assert BagViews(bags, 4, 16).draw(3).shape == (4, 3, 16, 16)
 
 
@@ -290,6 +292,45 @@ def test_real_images_may_be_shrunk(folder, tmp_path):
     assert bags.frames(0, [0])[0].size == (12, 10) and {os.path.splitext(n)[1] for n in bags.files(0) if n.startswith("gen")} == {".png"}
 
 
+def test_left_out_images_are_noted_once_and_nothing_at_all_is_an_error(folder, tmp_path):
+    names, config = [open_images(folder).key(i) for i in range(11)], MakeConfig(1, format="folders")
+    for _ in range(2):
+        done = make_views(open_images(folder), Painter(broken=(names[3],)), tmp_path / "bags", config, progress=False)
+        assert done["skipped"] == 1 and len((tmp_path / "bags/skipped.txt").read_text().splitlines()) == 1
+    with pytest.raises(UserError, match="not one of 11 images gave views"):
+        make_views(open_images(folder), Painter(broken=tuple(names)), tmp_path / "none", MakeConfig(1), progress=False)
+
+
+def test_beginnings_that_were_killed_or_raced(made, folder, tmp_path, monkeypatch):
+    from mae_repro.views import making
+    (tmp_path / "bags").mkdir()
+    (tmp_path / "bags/.make.json.123").write_text("{")   # killed while it was written
+    assert make_views(open_images(folder), Painter(), tmp_path / "bags", MakeConfig(3, per_shard=4), progress=False)["made"] == 11
+    out, real = tmp_path / "race", making.os.scandir
+
+    def late(path):   # another process writes the settings between the look for them and the look around
+        if Path(path) == out and not (out / "make.json").exists():
+            (out / "make.json").write_bytes((made / "make.json").read_bytes())
+        return real(path)
+    out.mkdir()
+    monkeypatch.setattr(making.os, "scandir", late)
+    assert make_views(open_images(folder), Painter(), out, MakeConfig(3, per_shard=4), progress=False)["made"] == 11
+
+
+def test_the_record_names_what_differs(folder, tmp_path):
+    class Model(Painter):
+        def __init__(self, **about):
+            super().__init__()
+            self.about = dict(generator="sldm", model="run", weights="abc", steps=50) | about
+    images = open_images(folder, limit=2)
+    make_views(images, Model(), tmp_path / "bags", MakeConfig(1), progress=False)
+    assert make_views(images, Model(model="./run"), tmp_path / "bags", MakeConfig(1), progress=False)["made"] == 0   # the same weights
+    for change, said in ((dict(steps=9), "steps 50 there, 9 now"), (dict(weights="xyz"), 'weights "abc" there, "xyz" now')):
+        with pytest.raises(UserError, match=said):
+            make_views(images, Model(**change), tmp_path / "bags", MakeConfig(1), progress=False)
+    assert set(json.loads((tmp_path / "bags/make.json").read_text())["versions"]) == {"mae_repro", "torch", "diffusers"}
+
+
 @pytest.mark.parametrize("change, said", [(dict(num_views=2), "num-views 3 there, 2 now"), (dict(seed=1), "seed 0 there, 1 now"), (dict(per_shard=5), "per-shard")])
 def test_other_settings_need_another_folder(made, folder, change, said):
     config = MakeConfig(**{"num_views": 3, "per_shard": 4, **change})
@@ -332,6 +373,8 @@ def test_command_line(folder, tmp_path, capsys):
     capsys.readouterr()
     for args, said in ((["--generator", "nowhere/at/all"], "nowhere/at/all: neither a folder, nor one of crops"), (["--generator", "folder:nowhere"], "no such folder"), (["--generator", "crops", "--steps", "0"], "--steps 0"),
                        (["--generator", "video"], "needs videos"), (["--generator", "crops", "--images", "nowhere/at/all"], "nowhere/at/all"), (["--generator", str(folder)], "holds no diffusion pipeline"),
-                       (["--generator", "crops", "--processes", "-1"], "--processes"), (["--generator", "crops", "--img-size", "0"], "--img-size 0")):
+                       (["--generator", "crops", "--processes", "-1"], "--processes"), (["--generator", "crops", "--processes", "0"], "--processes"), (["--generator", "crops", "--guidance", "nan"], "--guidance nan"),
+                       (["--generator", "sldm-tiny", "--steps", "1001"], "--steps 1001"), (["--generator", f"folder:{folder}", "--images", str(folder)], "the images themselves"),
+                       (["--generator", str(data_dir() / "pretrained/mae-tiny")], "a run of something else"), (["--generator", "crops", "--img-size", "0"], "--img-size 0")):
         assert run(["views", "make", *args, "--out", str(tmp_path / "z")]) == 2 and said in (found := capsys.readouterr().err) and "Traceback" not in found
     assert run(["views", "make", "--generator", "video", "--images", str(folder), "--out", str(tmp_path / "v"), "--num-views", "2"]) == 0

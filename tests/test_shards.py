@@ -840,3 +840,17 @@ def test_training_reads_shards_in_order(tmp_path):
     with pytest.raises(UserError, match="for bags in shards"):
         P.pretrain(replace(config, data=DataConfig(repeats=1, limit=8, workers=0)), tmp_path / "no", progress=False)
     assert not (tmp_path / "no").exists()
+
+
+def test_one_unreadable_shard_costs_its_own_bags_and_no_folder_is_written_into_itself(tmp_path, caplog):
+    write(tmp_path / "bags", "shards", 12)
+    (tmp_path / "bags/000001.tar").write_bytes(b"")
+    assert len(open_bags(tmp_path / "bags")) == 8 and "000001.tar" in caplog.text
+    for name in ("000000.tar", "000002.tar"):
+        (tmp_path / "bags" / name).write_bytes(b"")
+    with pytest.raises(UserError, match="000000.tar"):
+        open_bags(tmp_path / "bags")
+    write(tmp_path / "one", "shards", 3)
+    with pytest.raises(UserError, match="lies within the bags"):
+        convert_bags(open_bags(tmp_path / "one"), tmp_path / "one/sub", "folders")
+    assert convert_bags(open_bags(tmp_path / "one/000000.tar"), tmp_path / "one/sub", "folders")["bags"] == 3   # a file that was named

@@ -53,7 +53,8 @@ def save_model(folder: str | Path, model: MaskedAutoencoder, config: ModelConfig
 
 def _read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     if not (folder / "model.json").is_file() or not (folder / "model.safetensors").is_file():
-        hint = f"it is an unfinished run: go on with `mae-repro resume {folder}`" if (folder / "config.json").is_file() else "give a run folder or a checkpoint file"
+        hint = "it trained a painter of views, which is no encoder: give a run of `mae-repro pretrain`" if (folder / "pipeline").is_dir() else \
+            f"it is an unfinished run: go on with `mae-repro resume {folder}`" if (folder / "config.json").is_file() else "give a run folder or a checkpoint file"
         raise UserError(f"{folder}: holds no model.safetensors with model.json; {hint}")
     try:
         about = json.loads((folder / "model.json").read_text())

@@ -88,11 +88,12 @@ class FrozenEncoder(ModelMixin, ConfigMixin):
         return (found - self.mean) * self.scale
 
     def calibrate(self, batches) -> None:
-        "Measure mean and scale so that embeddings of these batches of normalised images have mean 0 and variance 1 in each number."
+        "Measure mean and scale so that embeddings of these batches of normalised images have mean 0 and variance 1 in each number that varies at all."
         self.mean.zero_(), self.scale.fill_(1)
         found = torch.cat([self(images) for images in batches]).double()
+        std = found.std(0) if len(found) > 1 else torch.ones_like(found[0])
         self.mean.copy_(found.mean(0))
-        self.scale.copy_(1 / (found.std(0) if len(found) > 1 else torch.ones_like(found[0])).clamp(min=1e-6))
+        self.scale.copy_(torch.where(std > 1e-4 * found.abs().mean(), 1 / std, 0))  # a number that never changes says nothing, and would be rounding noise enlarged
 
 # %% ../../nbs/methods/16_diffusion.ipynb #82552fcd
 def build_unet(sample_size: int, in_channels: int, embed_dim: int, condition: str = "cross-attention", channels: tuple[int, ...] = (128, 256, 512),
@@ -201,19 +202,23 @@ class SelfConditionedLatentDiffusion(DiffusionPipeline):
 
 
 def open_pipeline(folder: str | Path, dtype: torch.dtype = torch.float32) -> SelfConditionedLatentDiffusion:
-    "A pipeline (on the CPU) from its folder, or from the folder of a run that trained one; weights are safetensors only. UserError if there is none, or it is damaged."
+    "A pipeline (on the CPU) from its folder, or from the folder of a run that trained one; weights are safetensors only. dtype: of UNet and VAE; the encoder stays in float32. UserError if there is none, or it is damaged."
     folder = Path(folder)
     folder = folder / "pipeline" if (folder / "pipeline" / "model_index.json").is_file() else folder
     if not (folder / "model_index.json").is_file():
-        hint = f"it is an unfinished run: go on with `mae-repro resume {folder}`" if (folder / "config.json").is_file() else "give the folder of a run of `mae-repro views train`"
+        hint = "it is a run of something else: give one of `mae-repro views train`" if (folder / "model.safetensors").is_file() else \
+            f"it is an unfinished run: go on with `mae-repro resume {folder}`" if (folder / "config.json").is_file() else "give the folder of a run of `mae-repro views train`"
         raise UserError(f"{folder}: holds no diffusion pipeline (model_index.json); {hint}")
     quiet.disable_progress_bar()
     try:
-        found = SelfConditionedLatentDiffusion.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+        found = SelfConditionedLatentDiffusion.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     except Exception as error:  # diffusers raises many kinds
         raise UserError(f"{folder}: is no pipeline of this project, or damaged ({(str(error).splitlines() or [type(error).__name__])[0][:120]})") from error
     finally:
         quiet.enable_progress_bar()
+    for part in (found.unet, found.vae):  # not the encoder: what tells images apart is small beside what they share
+        if part is not None:
+            part.to(dtype)
     found.set_progress_bar_config(disable=True)
     return found
 

@@ -60,10 +60,10 @@ class NoisePrediction(nn.Module):
         return self
 
     def before_training(self, views) -> None:
-        "Calibrate the encoder on the first 512 samples of the data set."
-        device = self.encoder.mean.device
-        for_each = (normalise(torch.cat([views[0, i]["views"] for i in range(start, min(start + 32, len(views), 512))]).to(device)) for start in range(0, min(len(views), 512), 32))
-        self.encoder.calibrate(for_each)
+        "Calibrate the encoder on 512 samples (fewer if there are fewer), evenly spaced over the data set, which may be sorted by class."
+        device, n = self.encoder.mean.device, min(len(views), 512)
+        chosen = [i * len(views) // n for i in range(n)]
+        self.encoder.calibrate(normalise(torch.cat([views[0, i]["views"] for i in chosen[start:start + 32]]).to(device)) for start in range(0, n, 32))
 
     def after_step(self) -> None:
         self.ema.update_parameters(self.unet)
@@ -92,9 +92,7 @@ class NoisePrediction(nn.Module):
 
     def _latents(self, pixels: Tensor, draws: list[torch.Generator]) -> Tensor:
         from mae_repro.methods.diffusion import to_latents
-        if self.vae is None:
-            return to_latents(pixels, None, self.unshuffle)
-        return torch.cat([to_latents(one[None], self.vae, generator=g) for one, g in zip(pixels, draws)])
+        return to_latents(pixels, self.vae, self.unshuffle, draws)
 
     def pipeline(self):
         "The SelfConditionedLatentDiffusion that paints with the averaged weights, on this model's device."
@@ -106,7 +104,7 @@ class NoisePrediction(nn.Module):
 # %% ../../nbs/methods/18_sldm.ipynb #b9cd61d4
 @dataclass(frozen=True)
 class SLDM:
-    "Self-conditioned latent diffusion (Gen-SIS; CDG-MAE section 3): a denoiser that is told the embedding of the image. Defaults: 256 pixels, latents of an AutoencoderKL."
+    "Self-conditioned latent diffusion (Gen-SIS; CDG-MAE section 3): a denoiser that is told the embedding of the image."
     img_size: int = 256
     "side of the square views in pixels"
     encoder: str = "vit_base_patch16_224.dino"
@@ -155,6 +153,7 @@ class SLDM:
         yield "head_dim", self.head_dim > 0 and all(c % self.head_dim == 0 for c in self.channels), f"must divide every width of --method.channels {' '.join(map(str, self.channels))}"
         yield "condition_dropout", 0 <= self.condition_dropout < 1, "must lie in 0 <= dropout < 1"
         yield "ema_decay", 0 <= self.ema_decay < 1, "must lie in 0 <= decay < 1"
+        yield "encoder_size", self.encoder_size is None or self.encoder_size > 0, "must be positive"
         yield "encoder", bool(self.encoder), "is missing: a run, a checkpoint, or a timm name"
 
     def build_encoder(self) -> nn.Module:
@@ -194,6 +193,7 @@ class SLDM:
         "Open the frozen parts, build the UNet without memory and run it. ValueError, UserError."
         from mae_repro.methods.diffusion import denoise
         encoder, vae = self.build_encoder(), self.build_vae()
+        encoder(torch.zeros(1, 3, self.img_size, self.img_size))
         with torch.device("meta"), torch.no_grad():
             unet = self.build_unet(encoder.config.embed_dim, vae)
             side = unet.config.sample_size

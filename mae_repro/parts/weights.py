@@ -9,9 +9,11 @@ __all__ = ['UserError', 'data_dir', 'cache_dir', 'impatient_hub', 'read_checkpoi
 # %% ../../nbs/parts/08_weights.ipynb #dd0420df
 import argparse
 import json
+import logging
 import os
 import pickle
 import re
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,14 +50,22 @@ def impatient_hub(seconds: float = 3.):
 
     from huggingface_hub import constants
     address, before = urlparse(constants.ENDPOINT), constants.HF_HUB_OFFLINE
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "diffusers", "transformers")]
+    levels = [logger.level for logger in loggers]
     try:
         socket.create_connection((address.hostname, address.port or 443), timeout=seconds).close()
     except OSError:
         constants.HF_HUB_OFFLINE = True
+    for logger in loggers:   # the caller says what went wrong, once
+        logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         constants.HF_HUB_OFFLINE = before
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 # %% ../../nbs/parts/08_weights.ipynb #a1304d1c
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:

@@ -358,9 +358,11 @@ def share(trainer: Trainer) -> None:
     try:
         config.method.save(aside, trainer.bare, about)
         for path in sorted(aside.iterdir()):
-            if path.is_dir():   # a folder cannot be renamed onto another
-                shutil.rmtree(trainer.run_dir / path.name, ignore_errors=True)
-            os.replace(path, trainer.run_dir / path.name)
+            there = trainer.run_dir / path.name
+            if there.is_dir():   # a folder cannot be renamed onto another
+                os.replace(there, aside.with_name(f"{path.name}.tmp-{os.getpid()}"))
+            os.replace(path, there)
+            shutil.rmtree(aside.with_name(f"{path.name}.tmp-{os.getpid()}"), ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -12,7 +12,7 @@ import logging
 import os
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -138,6 +138,7 @@ class BagShards(Bags):
     starts: np.ndarray = None
     spans: np.ndarray = None
     disk: OpenFiles = field(default_factory=OpenFiles, repr=False)
+    alone: bool = False  # one file that was named, with whatever else may lie beside it
     per_item = ("names", "sizes", "shard", "starts")
 
     def frames(self, i, ids):
@@ -298,15 +299,22 @@ def _shard_index(path: str) -> tuple[list[str], np.ndarray, np.ndarray, int]:
 
 def _shards(root: Path, paths: list[str]) -> BagShards:
     "All bags of all tar files; what was left out is logged."
-    names, sizes, shard, spans = [], [], [], []
+    names, sizes, shard, spans, lost = [], [], [], [], []
     for number, path in enumerate(paths):
-        keys, size, span, broken = _shard_index(str(root / path))
+        try:
+            keys, size, span, broken = _shard_index(str(root / path))
+        except UserError as error:  # one bad shard costs its own bags
+            log.warning("%s; it is left out", error)
+            lost.append(error)
+            continue
         if broken:
             log.warning("%s: %d of %d bags are cut off, damaged or have no real image, and are left out", root / path, broken, broken + len(keys))
         names += [os.fsencode(f"{path}/{key}") for key in keys]
         sizes.append(size)
         shard.append(np.full(len(size), number))
         spans.append(span)
+    if len(lost) == len(paths):
+        raise lost[0]
     if not names:
         raise UserError(f"no bags in the {len(paths)} tar files of {root}: looked for <key>.real.jpg, <key>.gen_1.jpg and the like, whole")
     sizes = np.concatenate(sizes)
@@ -341,7 +349,7 @@ def open_bags(root: str | Path, limit: int | None = None) -> Bags:
             tars, bags, others = find_bags(root)
             found = _shards(root, tars) if tars else _bag_folders(root, bags, others)
         else:
-            found = _shards(root.parent, [root.name])
+            found = replace(_shards(root.parent, [root.name]), alone=True)
     except OSError as error:
         raise UserError(f"cannot read {error.filename or root}: {error.strerror or error}. Check the folder and its permissions") from error
     return found if limit is None or limit >= len(found) else found.take(np.arange(limit) * len(found) // limit)

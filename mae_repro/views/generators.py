@@ -10,6 +10,7 @@ __all__ = ['DIFFUSERS', 'Picture', 'Generator', 'rng', 'CropGenerator', 'Stills'
 # %% ../../nbs/views/26_generators.ipynb #a7d2e4ab
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,7 +38,7 @@ class Picture(NamedTuple):
 class Generator(Protocol):
     """Whatever gives other views of pictures. `about`: what it is, for the record: plain values.
 
-    Called with B pictures, the number M of views, and seeds (B, M): a view depends on its picture and its seed, and on nothing else."""
+    Called with B pictures, the number M of views, and seeds (B, M): a view depends on its picture and its seed, and, but for rounding, on nothing else."""
     about: dict
 
     def __call__(self, pictures: list[Picture], num_views: int, seeds: np.ndarray) -> list[list[Image.Image]]:
@@ -136,9 +137,9 @@ def open_frames(root: str | Path, limit: int | None = None) -> tuple[Stills, Fra
 # %% ../../nbs/views/26_generators.ipynb #7c83c719
 @dataclass(frozen=True, eq=False)
 class FolderGenerator:
-    """Views that somebody else has made. For the picture `a/b.jpg`: the pictures in the folder `root/a/b`, else the files `root/a/b.*`, `root/a/b_*` and `root/a/b-*`;
+    """Views that somebody else has made. For the picture `a/b.jpg`: the pictures in the folder `root/a/b`, else the files `root/a/b_1.*`, `b-2.*`, `b_view3.*` and the like,
 
-    the first ones in natural order. Seeds do not matter. BrokenImage if a picture has too few."""
+    one number behind the name; the first ones in natural order. Seeds do not matter. BrokenImage if a picture has too few."""
     root: str | Path
 
     @property
@@ -159,7 +160,7 @@ class FolderGenerator:
         if inside := self._files.get(stem):
             return [f"{stem}/{f}" for f in inside]
         folder, base = os.path.split(stem)
-        beside = [f for f in self._files.get(folder, ()) if f.startswith(tuple(f"{base}{mark}" for mark in "._-"))]
+        beside = [f for f in self._files.get(folder, ()) if re.fullmatch(re.escape(base) + r"[._-](?:[A-Za-z]+[._-]?)?\d+", os.path.splitext(f)[0])]
         return [os.path.join(folder, f) for f in beside]
 
     def __call__(self, pictures, num_views, seeds):
@@ -174,7 +175,7 @@ class FolderGenerator:
 # %% ../../nbs/views/26_generators.ipynb #e434dd7c
 @dataclass(frozen=True, eq=False)
 class PipelineGenerator:
-    """A diffusers pipeline that is shown a picture. `argument`: the name under which it takes the picture; `extra`: further arguments of each call; `weights`: a digest, for the record.
+    """A diffusers pipeline that is shown a picture. `argument`: the name under which it takes the picture; `extra`: further arguments of each call; `weights`, `precision`: for the record.
 
     Each view has a random generator of its own, seeded on the CPU. together: pictures go through the pipeline in one batch, with one generator for each view (our own pipeline);
     else view by view, which every pipeline of diffusers understands."""
@@ -187,10 +188,11 @@ class PipelineGenerator:
     together: bool = False
     extra: dict = field(default_factory=dict)
     weights: str = ""
+    precision: str = "float32"
 
     @property
     def about(self) -> dict:
-        return dict(generator=self.kind, model=self.model, weights=self.weights, steps=self.steps, guidance=self.guidance)
+        return dict(generator=self.kind, model=self.model, weights=self.weights, precision=self.precision, steps=self.steps, guidance=self.guidance)
 
     def __call__(self, pictures, num_views, seeds):
         settings = dict(num_inference_steps=self.steps, guidance_scale=self.guidance, **self.extra)
@@ -216,14 +218,19 @@ def _loaded(what: str, where: str, load: Callable):
                         "If the model hub cannot be reached from here, download the model's folder elsewhere and give its path") from error
 
 
-def weights_digest(folder: str | Path) -> str:
-    "16 hexadecimal digits of the UNet's weights in the folder of a pipeline, so that a record tells retrained models apart; '' if there are none there (a name on the hub)."
-    files, sums = sorted(Path(folder).glob("unet/*.safetensors")), hashlib.sha256()
+def weights_digest(*folders: str | Path) -> str:
+    "16 hexadecimal digits of all weights in the folders of a pipeline, so that a record tells retrained models apart; '' if there are none there (a name on the hub)."
+    files, sums = [path for folder in folders for path in sorted(Path(folder).glob("*/*.safetensors"))], hashlib.sha256()
     for path in files:
+        sums.update(path.parent.name.encode())
         with open(path, "rb") as file:
             while piece := file.read(1 << 22):
                 sums.update(piece)
     return sums.hexdigest()[:16] if files else ""
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _placed(pipeline, device):
@@ -235,7 +242,7 @@ def open_unclip(where: str, steps: int, guidance: float, device="cpu", dtype=tor
     "Stable unCLIP: Stable Diffusion 2.1 told a CLIP embedding (stabilityai/stable-diffusion-2-1-unclip). `where`: a folder or a name on the hub. UserError."
     from diffusers import StableUnCLIPImg2ImgPipeline
     pipeline = _loaded("unclip", where, lambda: StableUnCLIPImg2ImgPipeline.from_pretrained(where, dtype=dtype, use_safetensors=True, local_files_only=Path(where).exists()))
-    return PipelineGenerator(_placed(pipeline, device), where, "unclip", steps, guidance, extra=dict(prompt=""), weights=weights_digest(where))
+    return PipelineGenerator(_placed(pipeline, device), where, "unclip", steps, guidance, extra=dict(prompt=""), weights=weights_digest(where), precision=_name(dtype))
 
 
 def open_variations(where: str, steps: int, guidance: float, device="cpu", dtype=torch.float32) -> PipelineGenerator:
@@ -243,7 +250,7 @@ def open_variations(where: str, steps: int, guidance: float, device="cpu", dtype
     from diffusers import StableDiffusionImageVariationPipeline
     pipeline = _loaded("variations", where, lambda: StableDiffusionImageVariationPipeline.from_pretrained(where, dtype=dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False,
                                                                                                          local_files_only=Path(where).exists()))
-    return PipelineGenerator(_placed(pipeline, device), where, "variations", steps, guidance, weights=weights_digest(where))
+    return PipelineGenerator(_placed(pipeline, device), where, "variations", steps, guidance, weights=weights_digest(where), precision=_name(dtype))
 
 
 def open_ip_adapter(where: str, steps: int, guidance: float, device="cpu", dtype=torch.float32) -> PipelineGenerator:
@@ -259,7 +266,7 @@ def open_ip_adapter(where: str, steps: int, guidance: float, device="cpu", dtype
         found = StableDiffusionPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False, local_files_only=local)
         found.load_ip_adapter(adapter, subfolder="models", weight_name="ip-adapter_sd15.safetensors", local_files_only=Path(adapter).exists())
         return found
-    return PipelineGenerator(_placed(_loaded("ip-adapter", where, load), device), where, "ip-adapter", steps, guidance, "ip_adapter_image", extra=dict(prompt=""), weights=weights_digest(model))
+    return PipelineGenerator(_placed(_loaded("ip-adapter", where, load), device), where, "ip-adapter", steps, guidance, "ip_adapter_image", extra=dict(prompt=""), weights=weights_digest(model, adapter), precision=_name(dtype))
 
 
 DIFFUSERS = {"unclip": open_unclip, "variations": open_variations, "ip-adapter": open_ip_adapter}

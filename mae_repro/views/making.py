@@ -73,7 +73,7 @@ def bag(images: ImageSet, i: int, picture: Picture, views: list[Image.Image], se
     for k, view in enumerate(views, 1):
         kind, content = _encoded(view, config.quality)
         files[f"gen_{k}{kind}"] = content
-    made = dict(image=picture.name, seed=config.seed, views={name: seed for name, seed in zip(list(files)[1:], seeds)}, **about)
+    made = dict(image=picture.name, seed=config.seed, views={name: seed for name, seed in zip(list(files)[1:], seeds)}, generator=about)
     return files | {"json": json.dumps(made).encode()}
 
 # %% ../../nbs/views/35_making.ipynb #19c90309
@@ -94,20 +94,40 @@ def _manifest(out: Path, images: ImageSet, generator: Generator, config: MakeCon
             theirs = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is damaged ({error}): remove it if you are sure that the settings are the same") from error
-        if differing := [k for k in ours if theirs.get(k) != ours[k]]:
-            k = differing[0]
-            raise UserError(f"{out} was begun with other settings: {k.replace('_', '-')} {_short(theirs.get(k))} there, {_short(ours[k])} now. Give the same, or another --out")
+        for k, there, here in _differences(theirs, ours):
+            raise UserError(f"{out} was begun with other settings: {k.replace('_', '-')} {_short(there)} there, {_short(here)} now. Give the same, or another --out")
         return ours
     try:
-        if out.exists() and (not out.is_dir() or any(e.name != ".locks" for e in os.scandir(out))):
+        if out.exists() and (not out.is_dir() or any(not e.name.startswith((".locks", f".{MANIFEST}.")) for e in os.scandir(out))):
+            if path.is_file():  # another process was quicker
+                return _manifest(out, images, generator, config)
             raise UserError(f"{out} is {'not empty' if out.is_dir() else 'a file'}, and nothing was being made in it: give a folder that is new or empty")
         out.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{MANIFEST}.{os.getpid()}")
-        aside.write_text(json.dumps(ours, indent=1) + "\n")
+        aside.write_text(json.dumps(ours | {"versions": _versions()}, indent=1) + "\n")
         os.replace(aside, path)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or out}: {error.strerror or error}. Give another --out") from error
     return ours
+
+
+def _differences(theirs: dict, ours: dict) -> Iterator[tuple[str, object, object]]:
+    "(name, there, here) of what differs. Two names of a model are one if their weights are the same."
+    same_weights = ours.get("weights") and ours.get("weights") == theirs.get("weights")
+    for k, here in ours.items():
+        there = theirs.get(k)
+        if isinstance(here, dict) and isinstance(there, dict):
+            yield from _differences(there, here)
+        elif there != here and not (k == "model" and same_weights):
+            yield k, there, here
+
+
+def _versions() -> dict[str, str]:
+    import diffusers
+    import torch
+
+    import mae_repro
+    return {"mae_repro": mae_repro.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
 
 
 def _short(value) -> str:
@@ -168,8 +188,8 @@ def make_views(images: ImageSet, generator: Generator, out: str | Path, config: 
     """Bags of all images in the folder `out`; goes on where an earlier attempt stopped, and shares the work with other processes that do the same.
 
     rank: where this process begins, so that several do not queue for the same portion. tick(n): called whenever n more images are done. An image that cannot be read, or has no views, is
-    left out and written into `skipped.txt`. Returns images, bags made now, skipped, and whether everything is finished (False: other processes are still at it).
-    UserError: what `MakeConfig` cannot mean, a folder that holds something else or was begun with other settings, a full disk."""
+    left out and written into `skipped.txt`; delete its shard to try it again. Returns images, bags made now, skipped (in all), and whether everything is finished (False: other
+    processes are still at it). UserError: not one image gave views, what `MakeConfig` cannot mean, a folder that holds something else or was begun with other settings, a full disk."""
     out = Path(out).expanduser()
     for name, ok in (("num_views", config.num_views > 0), ("batch_size", config.batch_size > 0), ("per_shard", config.per_shard > 0), ("quality", 1 <= config.quality <= 100),
                      ("seed", config.seed >= 0), ("real_size", config.real_size is None or config.real_size > 0)):
@@ -179,7 +199,7 @@ def make_views(images: ImageSet, generator: Generator, out: str | Path, config: 
     keys = keys_of([images.key(i) for i in range(len(images))])
     parts = -(-len(images) // config.per_shard)
     order = [(rank * 7919 + p) % parts for p in range(parts)] if rank else list(range(parts))
-    made, busy, skipped = 0, 0, []
+    made, there, busy, skipped = 0, 0, 0, _note(out / "skipped.txt", [])
     with tqdm(total=len(images), desc="images", unit="image", disable=None if progress else True, dynamic_ncols=True) as bar:
         def count(n):
             bar.update(n)
@@ -195,8 +215,18 @@ def make_views(images: ImageSet, generator: Generator, out: str | Path, config: 
                 before = sum(keys[i] in writer for i in rows)
                 problems = make_part(images, keys, rows, writer, generator, config, count)
                 made += sum(keys[i] in writer for i in rows) - before
-                skipped += problems
-                if problems:
-                    with open(out / "skipped.txt", "a") as file:
-                        file.writelines(f"{line}\n" for line in problems)
+                skipped |= _note(out / "skipped.txt", problems)
+                there += before
+    if skipped and len(skipped) == len(images) and not made + there:
+        raise UserError(f"not one of {len(images)} images gave views, the first: {sorted(skipped)[0]}. Check the images and the generator, then remove {out}")
     return dict(images=len(images), made=made, skipped=len(skipped), finished=not busy, out=str(out))
+
+
+def _note(path: Path, problems: list[str]) -> set[str]:
+    "Add lines to a file that lacks them; all lines of it."
+    known = set(path.read_text().splitlines()) if path.is_file() else set()
+    new = [line for line in dict.fromkeys(problems) if line not in known]
+    if new:
+        with open(path, "a") as file:
+            file.writelines(f"{line}\n" for line in new)
+    return known | set(new)

@@ -273,8 +273,8 @@ def bag_files(bags: Bags, i: int) -> dict[str, bytes]:
 
 def _begin(out: Path, bags: Bags, plan: dict) -> None:
     "Claim a folder for a conversion; UserError if it holds anything else, or lies within the bags."
-    path, text, alone = out / ".conversion.json", json.dumps(plan) + "\n", len(getattr(bags, "shards", ())) == 1
-    if not alone and out.resolve().is_relative_to(Path(bags.root).resolve()):
+    path, text = out / ".conversion.json", json.dumps(plan) + "\n"
+    if not getattr(bags, "alone", False) and out.resolve().is_relative_to(Path(bags.root).resolve()):
         raise UserError(f"{out} lies within the bags that are read ({bags.root}): give a folder elsewhere")
     with _disk(out):
         if out.is_file() or (out.is_dir() and not path.is_file() and any(not entry.name.startswith(path.name) for entry in out.iterdir())):
