@@ -218,7 +218,7 @@ def open_pipeline(folder: str | Path, dtype: torch.dtype = torch.float32) -> Sel
         quiet.enable_progress_bar()
     for part in (found.unet, found.vae):  # not the encoder: what tells images apart is small beside what they share
         if part is not None:
-            part.to(dtype)
+            nn.Module.to(part, dtype)  # diffusers' own `to` warns of nothing
     found.set_progress_bar_config(disable=True)
     return found
 
