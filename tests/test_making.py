@@ -148,7 +148,7 @@ def pipelines(tmp_path_factory) -> Path:
         return dict(vae=D.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4),
                     unet=D.UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), cross_attention_dim=16, norm_num_groups=4,
                                                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=2, **unet),
-                    scheduler=D.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False), feature_extractor=T.CLIPImageProcessor(size=16, crop_size=16))
+                    scheduler=D.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1), feature_extractor=T.CLIPImageProcessor(size=16, crop_size=16))
 
     def eye():
         return T.CLIPVisionModelWithProjection(T.CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8, projection_dim=16))
