@@ -455,7 +455,7 @@ def sldm_tiny() -> Config[SLDM]:
 
 
 def sldm_small() -> Config[SLDM]:
-    """Views of 64 pixels on one GPU: a UNet of four levels and 58 million numbers, told the embedding of a DINO ViT-S/16 (or of any encoder of yours).
+    """Views of 64 pixels on one GPU: a UNet of four levels and 71 million numbers, told the embedding of a DINO ViT-S/16 (or of any encoder of yours).
 
     mae-repro views train sldm-small --data.root IMAGES. Meant to stay under an hour on one data-centre GPU for a data set like CIFAR-10 or Imagenette. Not run by us yet."""
     method = SLDM(64, "vit_small_patch16_224.dino", channels=(128, 192, 256, 384), attention_levels=2, layers=2, head_dim=32, ema_decay=.999, beta_schedule="linear")
@@ -463,7 +463,7 @@ def sldm_small() -> Config[SLDM]:
 
 
 def sldm_imagenet256() -> Config[SLDM]:
-    """S-LDM at the size of the paper: 256 pixels, latents of Stable Diffusion's autoencoder, embedding of a DINO ViT-B/16, ImageNet.
+    """S-LDM at the size of the paper: 256 pixels, latents of Stable Diffusion's autoencoder, a UNet of 406 million numbers, embedding of a DINO ViT-B/16, ImageNet.
 
     torchrun --nproc-per-node 8 -m mae_repro.cli views train sldm-imagenet256 --data.root IMAGENET. Views with `mae-repro views make`: 50 steps, guidance 6, as CDG-MAE. Not run by us."""
     method = SLDM(256, "vit_base_patch16_224.dino", vae="stabilityai/sd-vae-ft-mse", channels=(192, 384, 576, 960), attention_levels=3, layers=2, head_dim=32)
