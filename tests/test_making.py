@@ -378,3 +378,26 @@ def test_command_line(folder, tmp_path, capsys):
                        (["--generator", str(data_dir() / "pretrained/mae-tiny")], "a run of something else"), (["--generator", "crops", "--img-size", "0"], "--img-size 0")):
         assert run(["views", "make", *args, "--out", str(tmp_path / "z")]) == 2 and said in (found := capsys.readouterr().err) and "Traceback" not in found
     assert run(["views", "make", "--generator", "video", "--images", str(folder), "--out", str(tmp_path / "v"), "--num-views", "2"]) == 0
+
+
+def test_scores_and_filter_from_the_command_line(folder, tmp_path, capsys):
+    bags, images = tmp_path / "bags", str(folder)
+    assert run(["views", "make", "--generator", "crops", "--images", images, "--img-size", "64", "--num-views", "3", "--out", str(bags)]) == 0
+    score = ["views", "score", f"identical:{images}", f"bag:{bags}", f"random-pair:{images}", "--pairs", "22", "--backbone", "siammae-tiny"]
+    assert run([*score, "--json", str(tmp_path / "s.json"), "--figures", str(tmp_path / "figures")]) == 0
+    rows = json.loads((tmp_path / "s.json").read_text())
+    assert [r["source"].partition(":")[0] for r in rows] == ["identical", "bag", "random-pair"] and rows[0]["scores"]["nps"] > .999 and len(list((tmp_path / "figures").glob("*.png"))) == 3
+    assert run([*score, "--untrained", "1", "--json", str(tmp_path / "u.json")]) == 0
+    assert json.loads((tmp_path / "u.json").read_text())[1]["scores"] != rows[1]["scores"]
+    keep = ["views", "filter", str(bags), "--backbone", "siammae-tiny", "--best", "2"]
+    assert run([*keep, "--json", str(tmp_path / "k.json")]) == 0 and "nothing was written" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "k.json").read_text())
+    assert kept["report"]["kept"] == 22 and all(len(k) == 3 and k[0] == 0 for k in kept["kept"])
+    assert run([*keep, "--out", str(tmp_path / "fewer"), "--figure", str(tmp_path / "f.png")]) == 0 and verify_bags(tmp_path / "fewer")["pictures"] == 33
+    few, every = contents(tmp_path / "fewer"), contents(bags)
+    assert all(set(pictures) <= set(every[key.replace("fewer", "bags")]) and pictures[0] == every[key][0] for key, pictures in few.items())
+    for args, said in ((["score", "bags:x"], "there is no kind 'bags'"), (["score", f"bag:{bags}", "--layer", "99"], "layer 99"), (["score", "random-pair", "--workers", "-1"], "--workers -1"),
+                       (["score", "random-pair", "--seed", "-1"], "--seed"), (["filter", str(bags)], "nothing says which"), (["filter", str(bags), "--at-least", "2"], "no view would be kept"),
+                       (["filter", str(bags), "--best", "1", "--out", str(bags / "x")], "lies within"), (["filter", str(bags), "--best", "1", "--batch-size", "0"], "--batch-size 0"),
+                       (["filter", str(bags), "--best", "1", "--figure", str(tmp_path)], "--figure"), (["filter", str(bags), "--classifier", "resnet_of_nobody"], "no model of timm"), (["convert", str(bags), "--out", str(folder)], "not empty")):
+        assert run(["views", *args]) == 2 and said in (found := capsys.readouterr().err) and "Traceback" not in found
