@@ -246,7 +246,7 @@ def test_interrupted_work_goes_on(made, folder, tmp_path, format):
 SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from test_making import *
+from test_making import MakeConfig, Painter, make_views, open_images
 make_views(open_images(sys.argv[2]), Painter(pause=.05), sys.argv[3], MakeConfig(3, per_shard=2, batch_size=1), rank=int(sys.argv[4]), progress=False)
 """
 
