@@ -742,8 +742,8 @@ def score(args: list[str]) -> int:
 def _pair_figure(encoder, source: str, config, device):
     "The first pair of a source, as `score` sees it."
     from mae_repro.analysis.consistency import match_figure, view_tokens
-    from mae_repro.analysis.view_scores import encoder_size, pair_source
-    from mae_repro.parts.features import encoder_patch_size
+    from mae_repro.analysis.view_scores import pair_source
+    from mae_repro.parts.features import encoder_patch_size, encoder_size
     from mae_repro.parts.patches import normalise
     from mae_repro.views.pairs import drawn
     pair = drawn(pair_source(source, config, config.img_size or encoder_size(encoder)), 0, config.seed)

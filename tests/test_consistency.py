@@ -32,13 +32,7 @@ SHARED = Path(os.environ.get("MAE_REPRO_SHARED", Path(__file__).resolve().parent
 METRICS = (global_similarity, local_similarity, nearest_patch_similarity)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Models this small run slower on more threads."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def two_views(b=3, l=16, d=24, seed=0, other=None):

@@ -15,6 +15,7 @@ from mae_repro.methods.catalogue import open_encoder, save_model
 from mae_repro.methods.croco import CroCo
 from mae_repro.methods.diffusion import FrozenEncoder, SelfConditionedLatentDiffusion, build_unet, denoise, open_pipeline, to_latents, to_pixels
 from mae_repro.methods.mae import MAE
+from mae_repro.methods.mum import MuM
 from mae_repro.methods.sldm import SLDM, NoisePrediction, generators
 from mae_repro.parts.features import extract
 from mae_repro.parts.patches import normalise
@@ -27,12 +28,7 @@ from mae_repro.training.recipes import RECIPES, VIEW_RECIPES, recipe
 SMALL = dict(img_size=16, pool="mean", channels=(8, 16), attention_levels=1, layers=1, head_dim=8, ema_decay=.9, beta_schedule="squaredcos_cap_v2")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +120,21 @@ def test_an_encoder_without_class_token(tmp_path):
     frozen.save_pretrained(tmp_path / "saved")
     again = FrozenEncoder.from_pretrained(tmp_path / "saved")
     assert torch.equal(again(x), frozen(x)) and torch.allclose(frozen(x), extract(open_encoder(tmp_path), x), atol=1e-6)
+
+
+@pytest.mark.parametrize("inter_frame", ["decoder", "encoder"])
+def test_an_encoder_with_axial_rotations(tmp_path, inter_frame):
+    "MuM's rotations are others than CroCo's; an encoder whose blocks join several views cannot be described."
+    config = MuM(16, 4, 16, 2, 2, decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, inter_frame=inter_frame)
+    save_model(tmp_path, config.build(), config)
+    if inter_frame == "encoder":
+        with pytest.raises(UserError, match="SceneEncoder cannot be saved"):
+            FrozenEncoder.around(open_encoder(tmp_path), "a run")
+        return
+    frozen, x = FrozenEncoder.around(open_encoder(tmp_path), "a run"), torch.randn(2, 3, 16, 16)
+    frozen.save_pretrained(tmp_path / "saved")
+    again = FrozenEncoder.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again(x), frozen(x)) and torch.allclose(frozen(x), extract(open_encoder(tmp_path), x, "cls"), atol=1e-6)
 
 
 def test_a_timm_encoder(tmp_path):

@@ -24,12 +24,7 @@ METHODS = {"mae": MAE(**SIZES), "crossmae": CrossMAE(**SIZES, prediction_ratio=.
            "cropmae": CropMAE(**SIZES, mask_ratio=.75, decoder_mlp_dim=32), "croco": CroCo(**SIZES, mask_ratio=.75), "cdgmae": CDGMAE(**SIZES, mask_ratio=.75, decoder_mlp_dim=32)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

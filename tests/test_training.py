@@ -34,13 +34,7 @@ SHARED = Path(os.environ.get("MAE_REPRO_SHARED", Path(__file__).resolve().parent
 SIZES = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Models this small run slower on more threads, and much slower when several tests share the cores."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 # %% ../../nbs/analysis/58_view_filter.ipynb #6ea73310
-from .consistency import global_similarity, local_similarity, nearest_patch_similarity, view_tokens
-from .view_scores import METRICS, centre_square, encoder_size
-from ..parts.features import encoder_patch_size
+from .consistency import view_tokens
+from .view_scores import METRICS, centre_square, compare, view_size
 from ..parts.patches import normalise
 from ..parts.weights import UserError, impatient_hub, load_into, load_state
 from ..views.photos import BrokenImage
@@ -107,22 +106,13 @@ def score_views(encoder: nn.Module, bags: Sequences, img_size: int | None = None
 
     Central squares of `img_size` (None: the encoder's own); see `view_tokens` for layer and norm; `batch_size` bags at a time. Unreadable views and bags are in `broken`.
     UserError: an img_size or layer that the encoder does not have, no bags, nothing readable."""
-    size, p, depth = img_size or encoder_size(encoder), encoder_patch_size(encoder), len(encoder.blocks)
-    if size < p or size % p:
-        raise UserError(f"img_size {size} is not a multiple of patch_size {p}: give {max(1, round(size / p)) * p}")
-    if not -depth <= layer < depth:
-        raise UserError(f"layer {layer} is not a block of this encoder: it has {depth}, so give {-depth}..{depth - 1}")
+    size = view_size(encoder, img_size, layer)
     was_training = encoder.training
     encoder.to(device).eval()
 
     def judge(pictures, sizes):
         tokens = torch.cat([view_tokens(encoder, normalise(some.to(device)), layer, norm) for some in pictures.split(64)])
-        found = []
-        for bag in tokens.split(sizes):
-            a, b = bag[:1].expand(len(bag) - 1, -1, -1), bag[1:]
-            ab, ba = nearest_patch_similarity(a, b), nearest_patch_similarity(b, a)
-            found.append(torch.stack([global_similarity(a, b), local_similarity(a, b), (ab + ba) / 2, ab, ba], dim=1).cpu())
-        return found
+        return [compare(bag[:1].expand(len(bag) - 1, -1, -1), bag[1:]) for bag in tokens.split(sizes)]
     try:
         return _over_bags(bags, partial(centre_square, img_size=size), judge, METRICS, batch_size, workers, progress, "scoring views")
     finally:

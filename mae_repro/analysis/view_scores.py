@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'BUILT_IN_SCENES', 'METRICS', 'PUBLISHED', 'ScoreConfig', 'parse_source', 'pair_source', 'centre_square',
-           'PairScores', 'encoder_size', 'score_source', 'ViewScore', 'item_intervals', 'summarise', 'score_sources',
-           'format_table']
+           'PairScores', 'view_size', 'compare', 'score_source', 'ViewScore', 'item_intervals', 'summarise',
+           'score_sources', 'format_table']
 
 # %% ../../nbs/analysis/57_view_scores.ipynb #a562e931
 import hashlib
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 # %% ../../nbs/analysis/57_view_scores.ipynb #e3d5a906
 from .consistency import global_similarity, local_similarity, nearest_patch_similarity, view_tokens
-from ..parts.features import encoder_patch_size, fingerprint
+from ..parts.features import encoder_patch_size, encoder_size, fingerprint
 from ..parts.patches import normalise
 from ..parts.weights import UserError
 from ..training.data import DataConfig, ViewsConfig, open_source
@@ -148,22 +148,28 @@ class PairScores:
     settings: dict
 
 
-def encoder_size(encoder: nn.Module) -> int:
-    "The side in pixels of the images an encoder was made for, the shorter one; ours and timm's."
-    size = getattr(encoder, "img_size", None) or encoder.patch_embed.img_size
-    return size if isinstance(size, int) else min(size)
+def view_size(encoder: nn.Module, img_size: int | None, layer: int) -> int:
+    "The size of the views, the encoder's own if none is given; UserError for a size or a layer that this encoder does not have."
+    size, p, depth = img_size or encoder_size(encoder), encoder_patch_size(encoder), len(encoder.blocks)
+    if size < p or size % p:
+        raise UserError(f"img_size {size} is not a multiple of patch_size {p}: give {max(1, round(size / p)) * p}")
+    if not -depth <= layer < depth:
+        raise UserError(f"layer {layer} is not a block of this encoder: it has {depth}, so give {-depth}..{depth - 1}")
+    return size
+
+
+def compare(a: Tensor, b: Tensor) -> Tensor:
+    "Scores (B, 5), in the order of METRICS and on the CPU, of tokens (B, 1 + L, D) of two views."
+    ab, ba = nearest_patch_similarity(a, b), nearest_patch_similarity(b, a)
+    return torch.stack([global_similarity(a, b), local_similarity(a, b), (ab + ba) / 2, ab, ba], dim=1).cpu()
 
 
 def _resolved(encoder: nn.Module, config: ScoreConfig) -> int:
     "The size of the views; UserError for settings that this encoder cannot meet."
-    size, p, depth = config.img_size or encoder_size(encoder), encoder_patch_size(encoder), len(encoder.blocks)
     for name in ("pairs", "batch_size", "limit"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise UserError(f"{name} {getattr(config, name)} leaves nothing to score: give 1 or more")
-    if size < p or size % p:
-        raise UserError(f"img_size {size} is not a multiple of patch_size {p}: give {max(1, round(size / p)) * p}")
-    if not -depth <= config.layer < depth:
-        raise UserError(f"layer {config.layer} is not a block of this encoder: it has {depth}, so give {-depth}..{depth - 1}")
+    size = view_size(encoder, config.img_size, config.layer)
     if not 1 <= config.gap[0] < config.gap[1]:
         raise UserError(f"gap {config.gap[0]} {config.gap[1]}: the first must be at least 1 and less than the second, which is excluded")
     return size
@@ -173,9 +179,7 @@ def _resolved(encoder: nn.Module, config: ScoreConfig) -> int:
 def _compare(encoder: nn.Module, views: Tensor, config: ScoreConfig, device: torch.device) -> Tensor:
     "Views uint8 (B, 2, 3, H, W) to scores (B, 5) in the order of METRICS."
     tokens = view_tokens(encoder, normalise(views.flatten(0, 1).to(device)), config.layer, config.norm)
-    a, b = tokens[::2], tokens[1::2]
-    ab, ba = nearest_patch_similarity(a, b), nearest_patch_similarity(b, a)
-    return torch.stack([global_similarity(a, b), local_similarity(a, b), (ab + ba) / 2, ab, ba], dim=1).cpu()
+    return compare(tokens[::2], tokens[1::2])
 
 
 def score_source(encoder: nn.Module, source: str, config: ScoreConfig = ScoreConfig(), device: str | torch.device = "cpu", progress: bool = False, encoder_name: str = "encoder") -> PairScores:

@@ -146,11 +146,10 @@ def _of_images(images: ImageSet, views: ViewsConfig, joint: bool, cut: dict) -> 
 def _embedding(spec: str):
     "A function from uint8 images (B, 3, H, W) to vectors (B, D), the mean of an encoder's patch tokens; the size it wants, and a name that changes with its weights."
     from mae_repro.methods.catalogue import open_encoder
-    from mae_repro.parts.features import extract, fingerprint
+    from mae_repro.parts.features import encoder_size, extract, fingerprint
     from mae_repro.parts.patches import normalise
     encoder = open_encoder(spec)
-    size = getattr(encoder, "img_size", None) or encoder.patch_embed.img_size
-    return lambda images: extract(encoder, normalise(images)), dict(name=f"{spec} {fingerprint(encoder)}", img_size=min(size))
+    return lambda images: extract(encoder, normalise(images)), dict(name=f"{spec} {fingerprint(encoder)}", img_size=encoder_size(encoder))
 
 
 def reading_order(source: Source, views: ViewsConfig) -> ShardOrder | None:
