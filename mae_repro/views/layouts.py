@@ -146,10 +146,10 @@ def _put(out: Path, folders: Folders, listing: str, lines: list[str]):
 
 
 def write_layout(layout: str, out: str | Path, num: int = 4, num_frames: int = 24, size: int | tuple[int, int] | None = None, seed: int = 0,
-                 images: ImageSet | None = None, num_objects: int = 4, supersample: int = 3) -> dict:
+                 images: ImageSet | None = None, num_objects: int = 4, supersample: int = 3, still: bool = False) -> dict:
     """Write `num` rendered sequences of `num_frames` frames below the folder `out`, as one of LAYOUTS; `size` (H, W), None: the layout's own.
 
-    Sequence i is `render((seed, i), ...)`. Gives layout, out, sequences, frames (of all together), size and the path of the list (or None). The same arguments write the same bytes.
+    Sequence i is `render((seed, i), ...)`; `still`: only the camera moves. Gives layout, out, sequences, frames (of all together), size and the path of the list (or None). The same arguments write the same bytes.
     UserError: an unknown layout, `out` is a file or a folder that is not empty, it cannot be written, or the disk is full; what cannot be rendered."""
     if layout not in LAYOUTS:
         raise UserError(f"layout {layout!r} is unknown: choose one of {', '.join(LAYOUTS)}")
@@ -163,7 +163,7 @@ def write_layout(layout: str, out: str | Path, num: int = 4, num_frames: int = 2
         (out / ASIDE).mkdir(parents=True)
         try:
             for i in tqdm(range(num), f"writing {layout}", unit="sequence", delay=3, leave=False):
-                scene = render((seed, i), num_frames, size, num_objects, images, supersample)
+                scene = render((seed, i), num_frames, size, num_objects, images, supersample, still)
                 _put(out, kind.files(scene, i), kind.listing, [kind.line(k) for k in range(i + 1)])
         finally:
             shutil.rmtree(out / ASIDE, ignore_errors=True)

@@ -209,8 +209,10 @@ def _mipmaps(pictures: np.ndarray) -> np.ndarray:
     return np.concatenate(levels)
 
 
-def make_world(seed: int | tuple[int, ...], num_frames: int = 16, size: tuple[int, int] = (64, 64), num_objects: int = 4, images: ImageSet | None = None) -> World:
+def make_world(seed: int | tuple[int, ...], num_frames: int = 16, size: tuple[int, int] = (64, 64), num_objects: int = 4, images: ImageSet | None = None,
+               still: bool = False) -> World:
     """A world that is a function of its arguments alone; `render` takes the same and describes them. The same seed at another `size` is the same scene.
+    `still`: only the camera moves, everything else stays as it is at half time.
 
     ValueError: a size below 8 or above 4096, num_frames not in 1..10000, num_objects not in 1..60, a negative seed, an empty image set."""
     size, seed = _checked(seed, num_frames, size, num_objects)
@@ -222,6 +224,8 @@ def make_world(seed: int | tuple[int, ...], num_frames: int = 16, size: tuple[in
     f = .9 * (H * W) ** .5
     R, t = _camera(shape_rng, u)
     things = _things(shape_rng, u, R, t, np.array([W, H]) / f, num_objects)
+    if still:
+        things |= {name: np.repeat(things[name][num_frames // 2][None], num_frames, 0) for name in ("rotation", "position")}
     edge = 2 ** int(np.clip(np.ceil(np.log2(2 * max(H, W))), 6, 9))
     photos = [_photo(images, int(i)) for i in paint_rng.permutation(len(images))[:6]]
     atlas, texture = _paint(paint_rng, photos, edge, things["half"])
@@ -416,14 +420,14 @@ def _frame(world: World, frame: int, supersample: int) -> tuple[np.ndarray, Hits
 
 
 def render(seed: int | tuple[int, ...], num_frames: int = 16, size: tuple[int, int] = (64, 64), num_objects: int = 4, images: ImageSet | None = None,
-           supersample: int = 2) -> Scene:
+           supersample: int = 2, still: bool = False) -> Scene:
     """The scene number `seed` (an int, or several: (seed, index)): the same bytes for the same arguments, whoever asks.
 
     `size` (H, W) or one number; `num_objects` things, the first of which is a puppet; `images` the photographs to paint with (None: those of scikit-image);
-    `supersample`² rays for pixels on a seam. The motion spans the whole sequence: more frames mean smaller steps. ValueError as `make_world`, or supersample not in 1..8."""
+    `supersample`² rays for pixels on a seam; `still`: only the camera moves. The motion spans the whole sequence: more frames mean smaller steps. ValueError as `make_world`, or supersample not in 1..8."""
     if not 1 <= supersample <= 8:
         raise ValueError(f"supersample {supersample} must be in 1..8")
-    world = make_world(seed, num_frames, size, num_objects, images)
+    world = make_world(seed, num_frames, size, num_objects, images, still)
     pictures, hits = zip(*(_frame(world, i, supersample) for i in range(num_frames)))
     things = np.stack([h.thing for h in hits])
     return Scene(np.stack(pictures).transpose(0, 3, 1, 2), np.stack([h.depth for h in hits]), world.K, world.R, world.t,
@@ -511,17 +515,17 @@ class Scenes:
     """`num` rendered sequences of `num_frames` frames of `size` (H, W) or one number: `len()`, `name(i)`, `length(i)`, `frames(i, ids)`, and `scene(i)` with the truth.
 
     Scene i is `render((seed, i), ...)`. The pictures are rendered when this is made (a progress bar appears after some seconds) and kept below
-    `cache_dir("scenes")`; the next time, and in other processes, they are mapped from there. `images`: photographs to paint with, recognised by their names.
+    `cache_dir("scenes")`; the next time, and in other processes, they are mapped from there. `images`: photographs to paint with, recognised by their names; `still`: only the camera moves.
     ValueError as `render`, or num < 1; UserError if the cache cannot be written."""
 
     def __init__(self, num: int = 200, num_frames: int = 24, size: int | tuple[int, int] = 96, seed: int = 0, images: ImageSet | None = None,
-                 num_objects: int = 4, supersample: int = 2):
+                 num_objects: int = 4, supersample: int = 2, still: bool = False):
         if num < 1:
             raise ValueError(f"num {num} leaves no scenes: give 1 or more")
         if not 1 <= supersample <= 8:
             raise ValueError(f"supersample {supersample} must be in 1..8")
         self.size, (self.seed,) = _checked(seed, num_frames, size, num_objects)
-        self.num, self.num_frames, self.images, self.num_objects, self.supersample = num, num_frames, images, num_objects, supersample
+        self.num, self.num_frames, self.images, self.num_objects, self.supersample, self.still = num, num_frames, images, num_objects, supersample, still
         self._map = None
         self._open()
 
@@ -546,7 +550,7 @@ class Scenes:
 
     def scene(self, i: int) -> Scene:
         "Sequence i rendered again, with depth, poses, masks and all else that is known about it."
-        return render((self.seed, self._number(i)), self.num_frames, self.size, self.num_objects, self.images, self.supersample)
+        return render((self.seed, self._number(i)), self.num_frames, self.size, self.num_objects, self.images, self.supersample, self.still)
 
     def _number(self, i: int) -> int:
         if not 0 <= i < self.num:
@@ -560,7 +564,7 @@ class Scenes:
     def path(self) -> Path:
         "The file with the pictures: (num, num_frames, H, W, 3) uint8, then a CRC-32 per scene, uint32."
         source = [] if self.images is None else [type(self.images).__name__, str(getattr(self.images, "root", "")), *map(self.images.name, range(len(self.images)))]
-        about = repr((VERSION, self.num, self.num_frames, self.size, self.seed, self.num_objects, self.supersample, source))
+        about = repr((VERSION, self.num, self.num_frames, self.size, self.seed, self.num_objects, self.supersample, source) + ("still",) * self.still)
         return cache_dir("scenes") / f"{self.num}x{self.num_frames}x{self.size[0]}x{self.size[1]}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.frames"
 
     def _open(self, verify: bool = True):
