@@ -104,7 +104,9 @@ class SceneAutoencoder(MaskedAutoencoder):
 class MuM(ModelConfig):
     "MuM, masked modelling of many views: each is masked alike and completed with the help of all others. A model takes any number of views."
     num_views: int = 4
-    "S: views of a sample in training"
+    "S: views of a sample in training; with --views.source scene, the most of them"
+    min_views: int | None = None
+    "--views.source scene: the fewest views of a sample (the paper: 2 to 24); None: always num_views"
     positions: Literal["rope", "absolute"] = "rope"
     "rotary positions in every attention, or added sin-cos tables (Table 11)"
     rope_base: float = 100.
@@ -128,12 +130,23 @@ class MuM(ModelConfig):
         "Those of every model, and those of views, turns and rotations."
         yield from super().rules()
         yield "num_views", self.num_views > 0, "must be positive"
-        yield "num_views", self.num_views > 1 or not self.reference_view, "leaves nothing to predict beside the reference view: give 2 or more"
+        yield "min_views", 0 < self.view_range[0] <= self.num_views, f"must lie between 1 and --method.num-views {self.num_views}"
+        yield "num_views", self.view_range[0] > 1 or not self.reference_view, "leaves nothing to predict beside the reference view: give 2 or more"
         yield "rope_base", self.rope_base > 0, "must be positive"
         yield "decoder_depth", self.decoder_depth % len(self.scopes) == 0, "is odd, but frame and global blocks come in pairs"
         for width, heads in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):
             each = getattr(self, width) // getattr(self, heads)
             yield heads, self.positions != "rope" or each % 4 == 0, f"makes heads {each} wide, not a multiple of 4, as rotary positions need"
+
+    @property
+    def view_range(self) -> tuple[int, int]:
+        "Fewest and most views of a sample that training draws."
+        return self.num_views if self.min_views is None else self.min_views, self.num_views
+
+    @property
+    def takes_one_view(self) -> bool:
+        "Yes, unless one view is the reference."
+        return not self.reference_view
 
     @property
     def scopes(self) -> tuple[str, ...]:

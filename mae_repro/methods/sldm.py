@@ -134,7 +134,7 @@ class SLDM:
     beta_schedule: Literal["scaled_linear", "linear", "squaredcos_cap_v2"] = "scaled_linear"
     "how noise grows over the 1000 training steps: scaled_linear for latents, linear (DDPM) or squaredcos_cap_v2 for pixels"
 
-    num_views = 1
+    num_views, view_range, takes_one_view = 1, (1, 1), True
 
     @property
     def patch_size(self) -> int:

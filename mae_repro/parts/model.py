@@ -188,6 +188,16 @@ class ModelConfig:
         "Views of a sample: 1, or a target and its anchors."
         return 1
 
+    @property
+    def view_range(self) -> tuple[int, int]:
+        "Fewest and most views of a sample that training draws, where the source can give any number."
+        return self.num_views, self.num_views
+
+    @property
+    def takes_one_view(self) -> bool:
+        "Whether a view alone can be trained on."
+        return self.num_views == 1
+
     def rules(self) -> Iterator[tuple[str, bool, str]]:
         "What the fields must keep, in the order of checking: (field, whether it is kept, what to say after the field and its value)."
         for name in ("patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "mlp_ratio", "norm_eps"):

@@ -178,7 +178,12 @@ def validate(config: Config, num_images: int | None = None, processes: int = 1) 
         raise
     except ValueError as error:
         raise UserError(f"--method: {error}") from None
-    o, t = config.optim, config.train
+    o, t, v = config.optim, config.train, config.views
+    if v.source == "scene":
+        if o.batch_size % (v.per_batch * processes):
+            raise UserError(f"--optim.batch-size {o.batch_size} is not made of micro-batches of --views.per-batch {v.per_batch} views, as many for each of {processes} processes; "
+                            f"take a multiple of {v.per_batch * processes}")
+        return  # scenes are drawn without end: nothing else to compare with
     if o.batch_size % (t.accumulate * processes):
         raise UserError(f"--optim.batch-size {o.batch_size} cannot be divided among {processes} processes x --train.accumulate {t.accumulate} micro-batches; "
                         f"take a multiple of {t.accumulate * processes}")
@@ -233,7 +238,11 @@ def _check_data(config: Config) -> Checks:
         low, high = getattr(v, name)
         yield f"views.{name}", 0 < low <= high <= 1, "must be two shares, 0 < smallest <= largest <= 1"
     yield "views.ratio", 0 < v.ratio[0] <= v.ratio[1], "must be two ratios of width to height, 0 < smallest <= largest"
-    yield "views.source", v.source != "crop" or needed == 1, f"gives one view, and this method needs {needed}: choose crop-pair, video, bag, neighbour or random-pair"
+    yield "views.source", v.source != "crop" or needed == 1, f"gives one view, and this method needs {needed}: choose crop-pair, video, bag, scene, neighbour or random-pair"
+    if v.source == "scene":
+        yield from _check_scenes(config)
+    else:
+        yield "data.mixture", not d.mixture, "are scenes: set --views.source scene"
     yield "views.gap", 1 <= v.gap[0] < v.gap[1], "must be two numbers of frames, 1 <= smallest < largest (which is not reached)"
     yield "views.gap", v.source != "video" or needed <= v.gap[1], f"has too few gaps for {needed - 1} anchors"
     yield "views.together", v.together > 0, "must be positive"
@@ -244,3 +253,15 @@ def _check_data(config: Config) -> Checks:
     yield "views.neighbours", v.source != "neighbour" or v.neighbours >= max(needed - 1, 1), f"is too few: this method needs {needed - 1} anchors"
     yield "views.embed", v.source != "neighbour" or bool(v.embed), "is missing: --views.source neighbour needs an encoder that says which images are alike (a run, a checkpoint, a timm name)"
     yield "views.color_jitter", 0 <= v.color_jitter < 1, "must lie in 0 <= jitter < 1"
+
+# %% ../../nbs/training/29_config.ipynb #c0ffee29
+def _check_scenes(config: Config) -> Checks:
+    d, v, method = config.data, config.views, config.method
+    for name in ("per_batch", "epoch_steps", "min_frames"):
+        yield f"views.{name}", getattr(v, name) > 0, "must be positive"
+    yield "views.per_batch", v.per_batch >= method.view_range[1], f"is too small for a sample of {method.view_range[1]} views"
+    yield "views.single", 0 <= v.single <= 1, "must lie between 0 and 1"
+    yield "views.single", v.single == 0 or method.takes_one_view, "gives batches of single views, of which this method cannot learn: set it to 0"
+    yield "data.repeats", d.repeats is None, "has no meaning for scenes, which are drawn without end: set --views.epoch-steps"
+    yield "data.mixture", not d.mixture or d.root is None, "and --data.root are two answers to one question: give one of them"
+    yield "train.accumulate", config.train.accumulate == 1, "is not for scenes, which come in as many micro-batches of --views.per-batch views as --optim.batch-size asks for"

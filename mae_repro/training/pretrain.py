@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 # %% ../../nbs/training/33_pretrain.ipynb #f63a1063
@@ -41,8 +41,8 @@ from ..parts.weights import UserError
 from .checkpoints import clean_aside, latest_checkpoint, save_checkpoint, write_state
 from .optimisation import adamw, parameter_groups, peak_lr, set_lr, step_lr
 from .config import Config, config_from_dict, config_to_dict, kind_name, replace_in, validate
-from .data import open_views, reading_order
-from ..views.samples import EpochBatches, Views, loader
+from .data import batches, open_views
+from ..views.samples import Views, loader
 
 # %% ../../nbs/training/33_pretrain.ipynb #e92cac81
 class TrainingFailed(RuntimeError):
@@ -128,7 +128,7 @@ def environment() -> dict:
             "command": sys.argv}
 
 # %% ../../nbs/training/33_pretrain.ipynb #136a195b
-_FREE = {"data": ("root", "workers"), "train": ("device", "accumulate", "compile", "checkpointing", "save_every", "keep_every", "log_every",
+_FREE = {"data": ("root", "images", "workers"), "train": ("device", "accumulate", "compile", "checkpointing", "save_every", "keep_every", "log_every",
                                                "figure_every", "probe_every", "wandb")}
 
 
@@ -242,8 +242,8 @@ class Trainer:
     def __init__(self, config: Config, run_dir: Path, views: Views, accelerator, interrupt: Interrupt):
         self.config, self.run_dir, self.views, self.accelerator, self.interrupt = config, Path(run_dir), views, accelerator, interrupt
         o, t = config.optim, config.train
-        self.order = reading_order(views.source, config.views)
-        self.epoch_steps = len(views) // o.batch_size
+        self.batches = batches(views, config, accelerator.process_index, accelerator.num_processes)
+        self.epoch_steps = self.batches.steps_per_epoch
         self.total, self.peak = self.epoch_steps * (o.stop_epochs or o.epochs), peak_lr(config)
         torch.manual_seed(t.seed)
         self.bare = config.method.build().to(accelerator.device)
@@ -459,14 +459,12 @@ class Clock:
 # %% ../../nbs/training/33_pretrain.ipynb #d3c14b2a
 def batches_to_do(trainer: Trainer) -> Iterator[list[dict]]:
     "The micro-batches of this process for each step that is still to do."
-    d, t, a = trainer.config.data, trainer.config.train, trainer.accelerator
-    order = EpochBatches(len(trainer.views), trainer.config.optim.batch_size, t.seed, trainer.config.optim.epochs,
-                         a.process_index, a.num_processes, t.accumulate, start_step=trainer.done, together=trainer.config.views.together, shuffle=trainer.order)
-    data = loader(trainer.views, order, d.workers, pin_memory=a.device.type == "cuda")
+    order = replace(trainer.batches, start_step=trainer.done)
+    data = loader(trainer.views, order, trainer.config.data.workers, pin_memory=trainer.accelerator.device.type == "cuda")
     data.worker_init_fn = ignore_signals
-    batches = iter(data)
+    found = iter(data)
     for _ in range(trainer.done, trainer.total):
-        yield [next(batches) for _ in range(t.accumulate)]
+        yield [next(found) for _ in range(order.micro_batches)]
 
 
 def fit(trainer: Trainer, probe: Callable | None = None, figure: Callable | None = None, progress: bool = True) -> None:

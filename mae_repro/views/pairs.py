@@ -36,18 +36,19 @@ log = logging.getLogger(__name__)
 # %% ../../nbs/views/22_pairs.ipynb #db15686b
 @dataclass(frozen=True)
 class Crop:
-    """A random resized crop, bilinear with antialiasing, perhaps mirrored, of several images at once. Draws from torch's global generator.
+    """A random resized crop with antialiasing, perhaps mirrored, of several images at once. Draws from torch's global generator.
 
-    `img_size` int or (H, W) pixels; `scale` least and greatest share of the area; `ratio` the range of width / height."""
+    `img_size` int or (H, W) pixels; `scale` least and greatest share of the area; `ratio` the range of width / height; `interpolation` bilinear or bicubic."""
     img_size: int | tuple[int, int] = 224
     scale: tuple[float, float] = (.5, 1.)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
+    interpolation: str = "bilinear"
 
     @cached_property
     def _crop(self):
         size = (self.img_size, self.img_size) if isinstance(self.img_size, int) else tuple(self.img_size)
-        return v2.RandomResizedCrop(size, self.scale, self.ratio, v2.InterpolationMode.BILINEAR, antialias=True)
+        return v2.RandomResizedCrop(size, self.scale, self.ratio, v2.InterpolationMode(self.interpolation), antialias=True)
 
     def box(self, image: Image.Image) -> tuple[float, float, float, float]:
         "A box as shares of the sides (top, left, height, width), by torchvision's rule: at most ten tries, then the centre."
@@ -326,13 +327,14 @@ def sample_seeds(seed: int, epoch: int, i: int) -> tuple[int, int]:
     return tuple(np.random.SeedSequence((seed, epoch, i)).generate_state(2, np.uint64).tolist())
 
 
-def drawn(source, i: int, seed: int = 0, epoch: int = 0, item: int | None = None) -> Tensor:
+def drawn(source, i: int, seed: int = 0, epoch: int = 0, item: int | None = None, num_views: int | None = None) -> Tensor:
     """What training would see as sample i of that epoch: `source.draw(item)`, item i unless another is named, under the sample's own seed: uint8 (V, 3, H, W).
 
-    Torch's global generator is left as it was."""
+    num_views: told to the source, if it is one that takes a number of views. Torch's global generator is left as it was."""
+    item = i % len(source) if item is None else item
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(sample_seeds(seed, epoch, i)[0])  # not torch.manual_seed, which would seed the GPU too
-        return source.draw(i % len(source) if item is None else item)
+        return source.draw(item) if num_views is None else source.draw(item, num_views)
 
 
 def show_source(source, rows: int = 4, seed: int = 0, titles: list[str] | None = None, size: float = 1.3, dpi: int = 72):
