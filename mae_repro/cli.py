@@ -420,6 +420,8 @@ class RenderArgs:
     "Frames of each."
     img_size: tuple[int, int] | None = None
     "Height and width; None: the layout's own."
+    still: bool = False
+    "Only the camera moves: then depth and cameras explain everything."
     seed: int = 0
     data: PhotoArgs = field(default_factory=PhotoArgs)
     json: Json = None
@@ -429,7 +431,7 @@ def render(args: list[str]) -> int:
     from mae_repro.views.layouts import write_layout
     from mae_repro.views.photos import open_images
     a = parse(RenderArgs, args, "mae-repro views render")
-    done = write_layout(a.layout, a.out, a.num, a.frames, a.img_size, a.seed, open_images(a.data.root) if a.data.root else None)
+    done = write_layout(a.layout, a.out, a.num, a.frames, a.img_size, a.seed, open_images(a.data.root) if a.data.root else None, still=a.still)
     emit(done, a.json, f"{a.out}: {done['sequences']} sequences, {done['frames']} frames of {done['size'][0]} x {done['size'][1]} pixels in the layout {a.layout}")
     return 0
 
@@ -461,7 +463,8 @@ def show(args: list[str]) -> int:
         raise UserError(f"--rows {a.rows} must be at least 1")
     validate(a.config)
     method = a.config.method
-    figure = show_source(open_source(a.config.data, a.config.views, method.img_size, method.num_views), a.rows, a.config.train.seed)
+    titles = [f"view {v}" for v in range(1, method.num_views + 1)] if a.config.views.source == "scene" else None
+    figure = show_source(open_source(a.config.data, a.config.views, method.img_size, method.num_views), a.rows, a.config.train.seed, titles)
     try:
         a.out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(a.out)

@@ -9,6 +9,7 @@ __all__ = ['map_numbers', 'MapMix', 'DecoderBlock', 'Decoder', 'RestoreDecoder',
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .attention import Attention, CrossAttention
 from .encoder import Block, Mlp, Seen, places, take
@@ -89,6 +90,15 @@ class Decoder(nn.Module):
         self.register_buffer("pos_embed", None if rotary else sincos_positions(dim, grid, prefix)[None].to(self.mask_token.device))
         self.norm = nn.LayerNorm(dim, norm_eps)
         self.head = nn.Linear(dim, out_dim)
+        self.checkpointing = False
+
+    def set_grad_checkpointing(self, enable: bool = True):
+        "Recompute the activations of blocks in the backward pass instead of keeping them."
+        self.checkpointing = enable
+
+    def run(self, block: nn.Module, x: Tensor, *given, **named) -> Tensor:
+        "What a block makes of tokens x, its activations kept or not."
+        return checkpoint(block, x, *given, use_reentrant=False, **named) if self.checkpointing and self.training else block(x, *given, **named)
 
     def positions(self, seen: Seen, v: int) -> Tensor:
         "One row (1, v * (prefix + L), dim) for each place of `v` views; views share the table."
@@ -143,7 +153,7 @@ class RestoreDecoder(Decoder):
         "Predictions (B, n, out_dim) of the predicted patches, raster order, views in order. ValueError if it reads anchors and there are none."
         x, given = self.inputs(seen, masks)
         for block in self.blocks:
-            x = block(x, **given)
+            x = self.run(block, x, **given)
         return self.head(self.norm(take(x, places(masks.predicted, masks.hidden.shape[-1], seen.prefix))))
 
 # %% ../../nbs/parts/06_decoders.ipynb #bc31a554
@@ -172,7 +182,7 @@ class ReadoutDecoder(Decoder):
         b, v, l = masks.hidden.shape
         x = self.mask_token + take(self.positions(seen, v).expand(b, -1, -1), places(masks.predicted, l, seen.prefix))
         for block, memory in zip(self.blocks, self.memories(seen)):
-            x = block(x, memory)
+            x = self.run(block, x, memory)
         return self.head(self.norm(x))
 
 # %% ../../nbs/parts/06_decoders.ipynb #a17e0002
@@ -208,7 +218,7 @@ class AlternatingDecoder(Decoder):
         x = self.restore(self.embed(seen.tokens), seen.places, v, l, None if self.pos_embed is None else self.positions(seen, v))
         for scope, block, rotation in self.turns(seen, v):
             if scope == "frame":
-                x = rearrange(block(rearrange(x, "b (v t) d -> (b v) t d", v=v), rotation), "(b v) t d -> b (v t) d", v=v)
+                x = rearrange(self.run(block, rearrange(x, "b (v t) d -> (b v) t d", v=v), rotation), "(b v) t d -> b (v t) d", v=v)
             else:
-                x = block(x, rotation)
+                x = self.run(block, x, rotation)
         return self.head(self.norm(take(x, places(masks.predicted, l, self.prefix))))

@@ -75,8 +75,9 @@ class MaskedAutoencoder(nn.Module):
         self.encoder, self.decoder, self.masking, self.target = encoder, decoder, masking, target
 
     def set_grad_checkpointing(self, enable: bool = True):
-        "Recompute encoder blocks in the backward pass instead of keeping their activations."
+        "Recompute the blocks of encoder and decoder in the backward pass instead of keeping their activations."
         self.encoder.set_grad_checkpointing(enable)
+        self.decoder.set_grad_checkpointing(enable)
 
     def before_training(self, views) -> None:
         "Called once before the first step, with the data set; nothing to do here."

@@ -69,7 +69,7 @@ class TrainConfig:
     compile: bool = False
     "torch.compile of the model: a minute at the start, faster steps."
     checkpointing: bool = False
-    "Recompute the encoder's activations in the backward pass: less memory, about a third slower."
+    "Recompute the activations of encoder and decoder blocks in the backward pass: less memory, about a third slower."
     save_every: float = 20.
     "Epochs between checkpoints (fractions allowed)."
     keep_every: float = 200.
@@ -260,6 +260,7 @@ def _check_scenes(config: Config) -> Checks:
     for name in ("per_batch", "epoch_steps", "min_frames"):
         yield f"views.{name}", getattr(v, name) > 0, "must be positive"
     yield "views.per_batch", v.per_batch >= method.view_range[1], f"is too small for a sample of {method.view_range[1]} views"
+    yield "views.chunk", v.chunk is None or v.chunk >= 0, "must not be negative"
     yield "views.single", 0 <= v.single <= 1, "must lie between 0 and 1"
     yield "views.single", v.single == 0 or method.takes_one_view, "gives batches of single views, of which this method cannot learn: set it to 0"
     yield "data.repeats", d.repeats is None, "has no meaning for scenes, which are drawn without end: set --views.epoch-steps"

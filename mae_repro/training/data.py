@@ -78,6 +78,10 @@ class ViewsConfig:
     "scene: steps to an epoch; scenes are drawn, and never used up."
     min_frames: int = 24
     "scene: scenes of fewer frames are left out."
+    sequences: Literal["code", "paper"] = "code"
+    "scene: which frames belong together, as MuM's code or as its paper has it (RealEstate10K and BlendedMVS cut by 100, chains of MegaDepth and MegaScenes)."
+    chunk: int | None = None
+    "scene: cut scenes into sequences of so many frames; 0: whole scenes; None: as the data set is used there."
     gap: tuple[int, int] = (4, 48)
     "video: frames between anchor and target, the last number excluded."
     together: int = 1
@@ -147,7 +151,7 @@ def _sequences(data: DataConfig, img_size: int | tuple[int, int], open_them, sti
 
 def _mixture(data: DataConfig, views: ViewsConfig, cut: dict) -> Mixture:
     "Scenes of one or several data sets, and images for single views."
-    opened = partial(open_scenes, limit=data.limit, split=data.split, min_frames=max(views.min_frames, cut["num_views"]))
+    opened = partial(open_scenes, limit=data.limit, split=data.split, min_frames=max(views.min_frames, cut["num_views"]), chunk=views.chunk, as_paper=views.sequences == "paper")
     if data.mixture:
         parts = [_part_of_mixture(entry) for entry in data.mixture]
         sets, weights = [opened(root, layout) for layout, root, _ in parts], [weight for *_, weight in parts]
