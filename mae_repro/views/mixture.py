@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Whole', 'SceneViews', 'Mixture']
 
-# %% ../../nbs/views/34_mixture.ipynb #a4ad3c66
+# %% ../../nbs/views/34_mixture.ipynb #8fa26ae5
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-# %% ../../nbs/views/34_mixture.ipynb #4b9af546
+# %% ../../nbs/views/34_mixture.ipynb #f41c759f
 from ..parts.weights import UserError
 from .pairs import Crop, check_views, distinct
 from .photos import BrokenImage
 from .videos import Sequences
 
-# %% ../../nbs/views/34_mixture.ipynb #962f6ef3
+# %% ../../nbs/views/34_mixture.ipynb #e4adfcf6
 @dataclass(frozen=True)
 class Whole(Crop):
     "The whole picture, squeezed to img_size, perhaps mirrored; `scale` and `ratio` are not used."
@@ -65,7 +65,7 @@ class SceneViews:
             raise BrokenImage(self.name(i), f"too short: {n} frame{'s' * (n != 1)} for {wanted} views")
         return self._crop(self.sequences.frames(i, distinct(n, wanted)), self.joint)
 
-# %% ../../nbs/views/34_mixture.ipynb #8e890077
+# %% ../../nbs/views/34_mixture.ipynb #1e3dc0a7
 @dataclass(frozen=True, eq=False)
 class Mixture:
     """A sample of one of several sources, drawn anew each time: source d with a probability in proportion to weights[d], then one of its items, all alike.
@@ -84,7 +84,7 @@ class Mixture:
         return sum(map(len, self.sources))
 
     def name(self, i: int) -> str:
-        return f"a scene drawn by sample {i}"
+        return f"sample {i}"
 
     def draw(self, i: int, num_views: int | None = None) -> Tensor:
         "Views uint8 (V, 3, H, W); `i` moves on to another item of the same source, so that a broken one can be replaced."
