@@ -6,12 +6,13 @@
 __all__ = ['log', 'SCENE_LAYOUTS', 'FRAME_FOLDERS', 'LAYOUTS', 'TABLE_1', 'SceneLayout', 'ColmapModel', 'read_colmap', 'overlap',
            'Grouping', 'recognise', 'open_scenes']
 
-# %% ../../nbs/views/38_scene_data.ipynb #e5a3ccb6
+# %% ../../nbs/views/38_scene_data.ipynb #2284b829
 import csv
 import gzip
 import json
 import logging
 import os
+import struct
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,16 +23,16 @@ import numpy as np
 from scipy.sparse import csr_array
 from tqdm import tqdm
 
-# %% ../../nbs/views/38_scene_data.ipynb #847889d9
+# %% ../../nbs/views/38_scene_data.ipynb #774e9fb0
 from ..parts.weights import UserError
 from .photos import SPLITS, is_picture, walk
 from .sequences import FrameLists, anchor_groups, chunks, frame_lists, overlap_chains, turning_chains
 from .videos import natural
 
-# %% ../../nbs/views/38_scene_data.ipynb #f996f316
+# %% ../../nbs/views/38_scene_data.ipynb #8818fedd
 log = logging.getLogger(__name__)
 
-# %% ../../nbs/views/38_scene_data.ipynb #090d6c34
+# %% ../../nbs/views/38_scene_data.ipynb #cca274cb
 @dataclass(frozen=True)
 class SceneLayout:
     """How a data set of ordered frames lies on disk.
@@ -49,7 +50,7 @@ class SceneLayout:
     chunk: int | None = None
     paper_chunk: int | None = None
 
-# %% ../../nbs/views/38_scene_data.ipynb #af913af2
+# %% ../../nbs/views/38_scene_data.ipynb #5910f47f
 _HYPERSIM = ("metadata_images_split_scene_v1.csv", "evermotion_dataset/analysis/metadata_images_split_scene_v1.csv")
 SCENE_LAYOUTS = {
     "dl3dv": SceneLayout(("[0-9]*K/*",), ("images_8/frame_*", "nerfstudio/images_8/frame_*"),
@@ -71,7 +72,7 @@ SCENE_LAYOUTS = {
                               "README of amir32002/3D_Street_View, one folder for each tar file; that chunks follow the order of names is our reading of MuM's code", chunk=24),
 }
 
-# %% ../../nbs/views/38_scene_data.ipynb #5206809a
+# %% ../../nbs/views/38_scene_data.ipynb #b7c956b8
 def _names(folder: str, pattern: str, folders: bool) -> list[str]:
     "Names of the folders (or files) right in a folder that fit a pattern, in natural order; none hidden, none if there is no such folder."
     if not os.path.isdir(folder):
@@ -100,7 +101,7 @@ def _frames(root: str, scene: str, layout: SceneLayout) -> tuple[str, list[str]]
                 return place, files
     return scene, []
 
-# %% ../../nbs/views/38_scene_data.ipynb #3855d29e
+# %% ../../nbs/views/38_scene_data.ipynb #3cd702c2
 _OR = {"train": ("train",), "val": ("val", "test"), "test": ("test", "val")}  # val and test stand for each other
 
 
@@ -132,7 +133,7 @@ def _pattern_scenes(root: str, layout: SceneLayout, split: str) -> list[str]:
             return found if listed is None else [scene for scene in found if os.path.basename(scene) in listed]
     return []
 
-# %% ../../nbs/views/38_scene_data.ipynb #139d2e03
+# %% ../../nbs/views/38_scene_data.ipynb #3d24db0b
 FRAME_FOLDERS = ("images", "rgb", "color", "JPEGImages")
 
 
@@ -154,7 +155,7 @@ def _picture_folders(root: str, split: str) -> list[str]:
 
     return sorted((folder for folder, names in levels.items() if is_scene(names)), key=natural)
 
-# %% ../../nbs/views/38_scene_data.ipynb #adaee18f
+# %% ../../nbs/views/38_scene_data.ipynb #429fc729
 @dataclass(frozen=True, eq=False)
 class ColmapModel:
     """A reconstruction by structure from motion: N registered images by increasing id, P points.
@@ -180,7 +181,7 @@ def _pycolmap():
         raise UserError("reading COLMAP models needs pycolmap: pip install pycolmap") from error
     return pycolmap
 
-# %% ../../nbs/views/38_scene_data.ipynb #a78d69c9
+# %% ../../nbs/views/38_scene_data.ipynb #cee9b08c
 def read_colmap(folder: str | Path) -> ColmapModel:
     """The COLMAP model in a folder: cameras, images and points3D, all .bin or all .txt. UserError: not there, unreadable, no registered image, or no pycolmap.
 
@@ -188,6 +189,8 @@ def read_colmap(folder: str | Path) -> ColmapModel:
     found = [end for end in (".bin", ".txt") if all((Path(folder) / f"{name}{end}").is_file() for name in ("cameras", "images", "points3D"))]
     if not found:
         raise UserError(f"{folder} holds no COLMAP model: cameras, images and points3D, all .bin or all .txt, are looked for")
+    if found[0] == ".bin" and (cut := [name for name in ("images", "points3D") if _cut_off(Path(folder) / f"{name}.bin", name)]):
+        raise UserError(f"{folder}: {cut[0]}.bin is damaged or cut off. Fetch it again")
     try:
         model = _pycolmap().Reconstruction(str(folder))
         images = [model.images[i] for i in sorted(model.images) if model.images[i].has_pose]
@@ -205,10 +208,25 @@ def read_colmap(folder: str | Path) -> ColmapModel:
                        np.array([c.model_name not in ("PINHOLE", "SIMPLE_PINHOLE") for c in cameras]))
 
 
+def _cut_off(path: Path, kind: str) -> bool:
+    "Does a binary file of images or points3D not end where its counts say? COLMAP itself would read on, for minutes, and ask for all the memory there is."
+    data, at = path.read_bytes(), 8
+    try:
+        for _ in range(*struct.unpack_from("<Q", data)):
+            if kind == "points3D":  # id, position, colour, error, length of its track, and that many pairs of numbers
+                at += 51 + 8 * struct.unpack_from("<Q", data, at + 43)[0]
+            else:  # id, pose, camera, name, number of points, and x, y and id of each
+                at = data.index(b"\0", at + 64) + 1
+                at += 8 + 24 * struct.unpack_from("<Q", data, at)[0]
+    except (struct.error, ValueError):
+        return True
+    return at != len(data)
+
+
 def _seen(model, ids: list[int]) -> csr_array:
     "Which points (columns) each image (rows) sees, bool; a point that an image sees twice counts once."
     row = {image: i for i, image in enumerate(ids)}
-    pairs = [(row[e.image_id], column) for column, point in enumerate(model.points3D.values()) for e in point.track.elements if e.image_id in row]
+    pairs = [(row[e.image_id], column) for column, number in enumerate(sorted(model.points3D)) for e in model.points3D[number].track.elements if e.image_id in row]
     rows, columns = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
     return csr_array((np.ones(len(rows), bool), (rows, columns)), shape=(len(ids), len(model.points3D)))
 
@@ -218,7 +236,7 @@ def overlap(model: ColmapModel) -> np.ndarray:
     points = model.points.astype(np.int32)
     return (points @ points.T).toarray() / np.maximum(points.sum(1), 1)[:, None]
 
-# %% ../../nbs/views/38_scene_data.ipynb #fb426b31
+# %% ../../nbs/views/38_scene_data.ipynb #760fa18c
 def _on_disk(model: ColmapModel, root: str, folder: str) -> tuple[list[int], list[str]]:
     "Which images of a model there are below a folder, and their names there."
     there = {name for _, files in walk(os.path.join(root, folder)) for name in files} if os.path.isdir(os.path.join(root, folder)) else set()
@@ -228,17 +246,22 @@ def _on_disk(model: ColmapModel, root: str, folder: str) -> tuple[list[int], lis
     return rows, [model.names[i] for i in rows]
 
 
-def _megadepth(root: str, split: str) -> list[tuple[str, str]]:
-    "(images, model) of each scene of MegaDepth, below root: of MegaDepth_v1_SfM or Undistorted_SfM. train_scenes.txt and valid_scenes.txt are followed where they are there."
+def _megadepth_places(root: str) -> list[tuple[str, str]]:
+    "(images, model) of each scene of MegaDepth, below root, in it, in Undistorted_SfM or in MegaDepth_v1_SfM; of the first that has any."
     for above in ("", "Undistorted_SfM/", "MegaDepth_v1_SfM/"):
         scenes = [above + name for name in _names(os.path.join(root, above), "[0-9]" * 4, folders=True)]
         places = [(f"{scene}/images", f"{scene}/{model}") for scene in scenes for model in ("sparse/manhattan/0", "sparse") if _has_model(os.path.join(root, scene, model))]
         if places:
-            break
+            return places
+    return []
+
+
+def _megadepth(root: str, split: str) -> list[tuple[str, str]]:
+    "Those of one part: train_scenes.txt and valid_scenes.txt are followed where they are there."
     listed = _listed(root, SceneLayout((), (), "", lists={"train": ("train_scenes.txt",), "val": ("valid_scenes.txt",)}), split)
     if listed is None and split != "train":
         raise UserError(f"no list of {split} scenes in {root}: put valid_scenes.txt there, or leave data.split out")
-    return [place for place in places if listed is None or place[0].split("/")[-2] in listed]
+    return [place for place in _megadepth_places(root) if listed is None or place[0].split("/")[-2] in listed]
 
 
 def _megascenes(root: str, split: str) -> list[tuple[str, str]]:
@@ -252,7 +275,7 @@ def _megascenes(root: str, split: str) -> list[tuple[str, str]]:
 def _has_model(folder: str) -> bool:
     return any(os.path.isfile(os.path.join(folder, "images" + end)) for end in (".bin", ".txt"))
 
-# %% ../../nbs/views/38_scene_data.ipynb #a547a64f
+# %% ../../nbs/views/38_scene_data.ipynb #48f7a754
 @dataclass(frozen=True)
 class Grouping:
     "How unordered pictures become sequences. `as_paper`: chains; else as MuM's code. MegaDepth: `tries` sequences a scene, of `size` images (chains: at most), drawn with `seed`."
@@ -285,7 +308,7 @@ def _reconstructed(root: str, places: list[tuple[str, str]], grouped: Grouping, 
         else:
             yield images, names, None
 
-# %% ../../nbs/views/38_scene_data.ipynb #4e7b11c7
+# %% ../../nbs/views/38_scene_data.ipynb #6961156a
 def _json(path: str) -> dict | list:
     "What is in a JSON file, gzipped or not. UserError."
     try:
@@ -323,7 +346,7 @@ def _co3d(root: str, paths: list[str], split: str) -> Iterator[tuple[str, list[s
         for folder, files in scenes:
             yield folder, [os.path.relpath(file, folder) if folder else file for file in files], None
 
-# %% ../../nbs/views/38_scene_data.ipynb #8155c106
+# %% ../../nbs/views/38_scene_data.ipynb #8d759cbf
 def recognise(root: str) -> str:
     "The layout of a folder: the first whose frames, reconstructions or annotations are found there, among the first 20 folders of each level; else `frames`."
     for name, layout in SCENE_LAYOUTS.items():
@@ -331,7 +354,7 @@ def recognise(root: str) -> str:
             scenes = (scene for pattern in layout.scenes for scene in _fitting(root, pattern.format(split=part), most=20))
             if any(_frames(root, scene, layout)[1] for scene in scenes):
                 return name
-    if _megadepth(root, "train"):
+    if _megadepth_places(root):
         return "megadepth"
     if any(_fitting(root, f"reconstruct/[0-9]*/[0-9]*/{kind}/[0-9]*", most=20) for kind in ("colmap", "sparses")):
         return "megascenes"
@@ -342,7 +365,7 @@ LAYOUTS = (*SCENE_LAYOUTS, "megadepth", "megascenes", "co3d", "frames")
 # MuM's mixture, Table 1 of the paper, in percent; the 10 that are missing are single images of ImageNet.
 TABLE_1 = {"streetview": 10, "wildrgbd": 10, "dl3dv": 10, "realestate10k": 10, "megascenes": 10, "scannetpp": 10, "megadepth": 10, "co3d": 5, "blendedmvs": 5, "arkitscenes": 5, "hypersim": 5}
 
-# %% ../../nbs/views/38_scene_data.ipynb #5580b415
+# %% ../../nbs/views/38_scene_data.ipynb #86d38659
 def _ordered(scenes: Iterator, chunk: int | None) -> Iterator[tuple[str, list[str], list[np.ndarray] | None]]:
     "Scenes of ordered frames, cut into chunks."
     for folder, files, _ in scenes:
@@ -365,7 +388,7 @@ def _scenes(root: str, layout: str, split: str, chunk: int | None, grouped: Grou
     own = grouped.as_paper and declared.paper_chunk or declared.chunk
     return _ordered(((*_frames(root, scene, declared), None) for scene in bar(_pattern_scenes(root, declared, split))), own if chunk is None else chunk)
 
-# %% ../../nbs/views/38_scene_data.ipynb #354ee536
+# %% ../../nbs/views/38_scene_data.ipynb #ef095d82
 def open_scenes(root: str | Path, layout: str = "auto", limit: int | None = None, split: str = "train", min_frames: int = 24, chunk: int | None = None, as_paper: bool = False,
                 group_size: int = 256, tries: int = 1000, seed: int = 0) -> FrameLists:
     """The sequences of frames below a folder.
@@ -390,7 +413,7 @@ def open_scenes(root: str | Path, layout: str = "auto", limit: int | None = None
         raise UserError(f"no sequence of {min_frames} frames in {root}, read as {layout}: the longest of {found.left_out} has {longest}. Lower min_frames, or give other data")
     return found if limit is None or limit >= len(found) else found.take(np.arange(limit) * len(found) // limit)
 
-# %% ../../nbs/views/38_scene_data.ipynb #037c4198
+# %% ../../nbs/views/38_scene_data.ipynb #160d48c7
 def _check(root: str, layout: str, limit: int | None, split: str, min_frames: int, chunk: int | None, group_size: int, tries: int):
     if not os.path.isdir(root):
         raise UserError(f"{root} is {'a file, not a folder' if os.path.exists(root) else 'missing'}: give the folder that holds the scenes (--data.root DIR)")
