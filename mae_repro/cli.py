@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['WELCOME', 'Json', 'C', 'VIEWS', 'VIEWS_USAGE', 'COMMANDS', 'BadUsage', 'parse', 'emit', 'RecipesArgs', 'recipes',
            'PretrainArgs', 'pretrain', 'ResumeArgs', 'resume', 'DataArgs', 'ProbeArgs', 'probe', 'VideoArgs',
-           'PropagateArgs', 'propagate', 'PhotoArgs', 'RenderArgs', 'render', 'ShowArgs', 'show', 'train_views',
-           'MakeArgs', 'make', 'ConvertArgs', 'convert', 'VerifyArgs', 'verify', 'ScoreArgs', 'score', 'FilterArgs',
-           'filter_views', 'views', 'ParityArgs', 'parity', 'ExportArgs', 'export', 'BenchmarkArgs', 'benchmark',
-           'DemoArgs', 'demo', 'run', 'main']
+           'PropagateArgs', 'propagate', 'PairArgs', 'MatchArgs', 'match', 'PhotoArgs', 'RenderArgs', 'render',
+           'ShowArgs', 'show', 'train_views', 'MakeArgs', 'make', 'ConvertArgs', 'convert', 'VerifyArgs', 'verify',
+           'ScoreArgs', 'score', 'FilterArgs', 'filter_views', 'views', 'ParityArgs', 'parity', 'ExportArgs', 'export',
+           'BenchmarkArgs', 'benchmark', 'DemoArgs', 'demo', 'run', 'main']
 
 # %% ../nbs/80_cli.ipynb #252fa891
 import contextlib
@@ -32,6 +32,7 @@ WELCOME = """mae-repro: masked autoencoders over one image or many views
   mae-repro pretrain mae-tiny --data.root DIR      pre-train on your own folder of images
   mae-repro probe RUN --data.root DIR              what did the encoder learn? against its untrained self and raw pixels
   mae-repro propagate RUN --task davis --data.root DIR    carry labels through videos with it
+  mae-repro match RUN --data.root DIR              find every patch again in another picture of the scene
   mae-repro views make --generator RUN --out DIR   other views of every image, by a model of `mae-repro views train`
   mae-repro parity                                 does this code compute what the authors' code computes?
 
@@ -398,6 +399,124 @@ def propagate(args: list[str]) -> int:
         result = run_task(encoder, a.task, a.data.root, out, config, _device(a.device), encoder_name=label, **videos)
     emit(result, a.json, f"{format_table(result)}\n{out}: tables and pictures of {result.videos} videos")
     return 0
+
+# %% ../nbs/80_cli.ipynb #3a7c4001
+@dataclass(frozen=True)
+class PairArgs:
+    "Which pairs."
+    root: Path | None = None
+    "Folder in the layout; None: rendered scenes (layout scenes only)."
+    limit: int | None = None
+    "At most so many scenes, or stereo folders."
+    pairs: tuple[int, int, int] = (400, 80, 120)
+    "At most so many pairs for training, validation and test."
+    covisibility: tuple[float, float] = (.2, .9)
+    "Share of the first picture that the second one sees (scenes, and scannet without its list)."
+    shake: tuple[float, float] = (0., 0.)
+    "Share of its sides that each picture loses, at a place of its own: training pairs, and the others."
+    flips: bool = False
+    "Mirror half of the training pairs."
+
+
+@dataclass(frozen=True)
+class MatchArgs:
+    """Does every patch find its place in another picture of the same scene? End-point error, robustness and PCK of frozen features by cosine, and by a linear probe trained on them.
+
+    Published (MuM): MegaDepth and ScanNet, 448 x 448, --steps 25000 --amp, --data.pairs as many for training as memory holds (3.2 MB a pair), 1000 for the test."""
+    encoder: Annotated[Positional[str], arg(metavar="ENCODER")]
+    "A run's folder, a checkpoint file, a timm name, or shipped weights."
+    data: PairArgs = field(default_factory=PairArgs)
+    layout: Literal["scenes", "megadepth", "scannet", "stereo"] = "scenes"
+    "scenes: folders with a cameras.json and depth; the others as their data sets come (data/README.md)."
+    probe_data: str | None = None
+    "Where the probe is trained and chosen, if not on the data itself: a folder in the layout scenes, or `rendered`. All of the data is test then."
+    img_size: tuple[int, int] | None = None
+    "Height and width that pictures are squeezed to; by default the encoder's. Errors are in these pixels: compare at one size and patch."
+    layer: str = "-1"
+    "The block whose features are matched: 0 the first, -1 the last; several, as 2,5,-1; or all."
+    norm: Literal["yes", "no", "both"] = "yes"
+    "Apply the encoder's final norm to them."
+    probe: bool = True
+    "Train the probe as well; without it only cosine matching (no training data needed)."
+    steps: int = 2500
+    lrs: tuple[float, ...] | None = None
+    "Learning rates of the sweep; None here and below: the published ones."
+    weight_decays: tuple[float, ...] | None = None
+    batch_size: int = 8
+    start: Literal["random", "identity"] = "random"
+    "First weights of the probe."
+    select: Literal["val", "test"] = "val"
+    "Choose among heads and steps by validation pairs, or by the test pairs as the published code does."
+    untrained: bool = False
+    "The same architecture with its initial weights (of --seed)."
+    controls: bool = False
+    "Also rows for the untrained encoder, raw pixels, and leaving every pixel where it is."
+    figure: tuple[Path, ...] = ()
+    "Draw the matches of so many test pairs, spread over the set, to these PNG files."
+    amp: bool = False
+    "bfloat16."
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+    json: Json = None
+
+
+def match(args: list[str]) -> int:
+    from mae_repro.evaluation import matching as M
+    from mae_repro.methods.catalogue import open_encoder
+    from mae_repro.parts.features import encoder_size
+    from mae_repro.parts.weights import UserError
+    a = parse(MatchArgs, args, "mae-repro match")
+    if a.seed < 0:
+        raise UserError(f"--seed {a.seed} must be 0 or more")
+    device, encoder = _device(a.device), open_encoder(a.encoder, pretrained=not a.untrained, seed=a.seed)
+    sweep = {name: value for name in ("lrs", "weight_decays") if (value := getattr(a, name)) is not None}
+    config = M.MatchConfig(a.img_size or (encoder_size(encoder),) * 2, _layers(a.layer), {"yes": (True,), "no": (False,), "both": (True, False)}[a.norm], a.probe, a.steps, a.batch_size,
+                           select=a.select, start=a.start, amp=a.amp, seed=a.seed, **sweep)
+    splits = _match_pairs(a, config.img_size)
+    name = a.encoder + f" (untrained, seed {a.seed})" * a.untrained
+    untrained = lambda: open_encoder(a.encoder, pretrained=False, seed=a.seed)
+    result = (M.compare(encoder, splits, untrained, config, device, True, name) if a.controls
+              else M.match(encoder, splits.train, splits.val, splits.test, config, device, True, name))
+    how = f"{len(splits.test)} test pairs of {a.data.root or 'rendered scenes'} at {config.img_size[0]} x {config.img_size[1]}, patch {result.settings['patch_size']}; EPE in pixels of that size"
+    if a.probe:
+        how += f"\nprobe: {result.settings['train_pairs']} training pairs, chosen by {result.settings['chooser_pairs']} {'validation' if a.select == 'val' else 'TEST (as published)'} pairs"
+        how += ", divided by pair and not by scene" * (splits.by == "pair")
+    emit({"rows": result.rows, "settings": result.settings | {"divided_by": splits.by}}, a.json, f"{how}\n{M.format_table(result.rows)}")
+    own = [k for k, row in enumerate(result.rows) if row.encoder == name]
+    best = min(own, key=lambda k: result.rows[k].epe)
+    row, trained = result.rows[best], result.trained[best]
+    for n, path in enumerate(a.figure):
+        pair = splits.test[n * len(splits.test) // len(a.figure)]
+        found = M.find_matches(encoder, pair, config.img_size, (row.layer, row.norm), trained.heads if trained else None, config, device)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        M.match_figure(pair, found, title=f"block {row.layer}, {row.matcher}").savefig(path, dpi=100)
+    return 0
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    "Blocks of a text such as 2,5,-1; () for all."
+    from mae_repro.parts.weights import UserError
+    try:
+        return () if text == "all" else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--layer {text!r} is neither `all` nor numbers of blocks such as 11 or 2,5,-1") from None
+
+
+def _match_pairs(a: MatchArgs, size: tuple[int, int]):
+    "The pairs that were asked for; the probe's from elsewhere if it was said so."
+    from mae_repro.evaluation.pair_data import PairSplits, open_pairs
+    from mae_repro.parts.weights import UserError
+    away, pairs = a.probe_data is not None, a.data.pairs
+    if away and not a.probe:
+        raise UserError("--probe-data says where to train the probe, and --no-probe asks for none: leave one of them out")
+    shown = tuple(round(s / (1 - a.data.shake[1])) for s in size) if 0 <= a.data.shake[1] < .9 else size
+    own = open_pairs(a.data.root, a.layout, pairs if a.probe and not away else (0, 0, pairs[2]), a.data.covisibility, a.seed, a.data.limit, shown, a.data.shake, a.data.flips, away)
+    if not len(own.test):
+        raise UserError(f"{a.data.root}: holds no test pairs; give data with more scenes, or a wider --data.covisibility")
+    if not away:
+        return own
+    other = open_pairs(None if a.probe_data == "rendered" else a.probe_data, "scenes", pairs, a.data.covisibility, a.seed, None, shown, a.data.shake, a.data.flips)
+    return PairSplits(other.train, other.val, own.test, other.by)
 
 # %% ../nbs/80_cli.ipynb #030abeb3
 @dataclass(frozen=True)
@@ -957,7 +1076,7 @@ def demo(args: list[str]) -> int:
     return 0
 
 # %% ../nbs/80_cli.ipynb #cb1ef877
-COMMANDS = {"demo": demo, "recipes": recipes, "pretrain": pretrain, "resume": resume, "probe": probe, "propagate": propagate, "views": views,
+COMMANDS = {"demo": demo, "recipes": recipes, "pretrain": pretrain, "resume": resume, "probe": probe, "propagate": propagate, "match": match, "views": views,
             "parity": parity, "export": export, "benchmark": benchmark}
 
 

@@ -169,6 +169,22 @@ def test_depth_of_another_size_than_the_picture(scenes):
     assert D.cut(large, 2, 2, (60, 60)).depth.shape == (60, 60)
 
 
+def test_scenes_without_depth_are_left_out(tmp_path, scenes):
+    K = np.eye(3).tolist()
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a/x.png")
+    views = [dict(file="x.png", K=K, R=K, t=[0, 0, 0])] * 2
+    (tmp_path / "a/cameras.json").write_text(json.dumps(dict(views=views)))
+    with pytest.raises(UserError, match="none of 1 scenes has depth"):
+        D.open_pairs(tmp_path)
+    for name in "bcd":
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "x.png"), Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(tmp_path / name / "z.png")
+        (tmp_path / name / "cameras.json").write_text(json.dumps(dict(views=[v | dict(depth="z.png") for v in views])))
+    found = D.open_pairs(tmp_path, num=(2, 2, 2), span=(0., 1.))
+    assert {s for part in (found.train, found.val, found.test) for s, _, _ in part.index} == {1, 2, 3}
+
+
 def test_what_the_right_picture_sees_by_loops():
     rng = np.random.default_rng(0)
     d = np.where(rng.random((5, 30)) < .2, np.inf, rng.integers(1, 9, (5, 30)))
@@ -195,13 +211,17 @@ def test_scenes_are_divided(scenes):
     assert len(splits.train) == 6 and all(.1 <= D.covisibility(splits.train[i]) <= .95 and a != b for i, (_, a, b) in enumerate(splits.train.index))
     narrow = D.choose_pairs(scenes, range(4), 20, (.6, .7), np.random.default_rng(0))
     assert narrow and all(.6 <= D.covisibility(D.PosedPairs(scenes, [row])[0]) <= .7 for row in narrow)
-    assert D.posed_splits(scenes, (0, 0, 8), (.1, .95)).by == "scene" and len({s for s, _, _ in D.posed_splits(scenes, (0, 0, 8), (.1, .95)).test.index}) == 4
+    whole = D.posed_splits(scenes, (6, 3, 8), (.1, .95), everything=True)
+    assert whole.by == "scene" and len(whole.train) == len(whole.val) == 0 and {s for s, _, _ in whole.test.index} == {0, 1, 2, 3}
+    assert D.posed_splits(scenes, (0, 0, 4), (.1, .95), seed=2).test.index == splits.test.index  # the test does not depend on what else is asked for
+    assert {s for s, _, _ in D.posed_splits(scenes, (0, 0, 8), (.1, .95), everything=True, among=[1, 3]).test.index} == {1, 3}
 
 
 def test_one_scene_is_divided_by_pair(caplog):
-    splits = D.posed_splits(RenderedScenes(1, 5, 32), (6, 3, 3), (.0, 1.))
+    splits = D.posed_splits(RenderedScenes(1, 5, 32), (10, 4, 6), (.0, 1.))
     found = [set(getattr(splits, part).index) for part in ("train", "val", "test")]
-    assert splits.by == "pair" and [len(f) for f in found] == [6, 3, 3] and len(set.union(*found)) == 12 and "divided by pair" in caplog.text
+    assert splits.by == "pair" and [len(f) for f in found] == [10, 4, 6] and "divided by pair" in caplog.text
+    assert set.union(*found) == {(0, a, b) for a in range(5) for b in range(5) if a != b}
 
 
 def test_every_number_of_scenes_gives_three_parts():
@@ -261,7 +281,7 @@ def test_stereo(tmp_path):
         np.testing.assert_array_equal(b[np.arange(12)[:, None].repeat(40, 1)[valid], x[valid]], np.asarray(pair.image_a)[valid])
     splits = D.open_pairs(tmp_path, "stereo", seed=0)
     assert [len(getattr(splits, p)) for p in ("train", "val", "test")] == [2, 1, 1]
-    assert len(D.open_pairs(tmp_path, "stereo", limit=2).test) == 2 and len(D.open_pairs(tmp_path, "stereo", (0, 0, 9)).test) == 4
+    assert len(D.open_pairs(tmp_path, "stereo", limit=2).test) == 2 and len(D.open_pairs(tmp_path, "stereo", everything=True).test) == 4
     asymmetric = np.arange(480, dtype=np.float32).reshape(12, 40)
     write_pfm(tmp_path / "x.pfm", asymmetric)
     np.testing.assert_array_equal(D.read_pfm(tmp_path / "x.pfm"), asymmetric)
@@ -369,7 +389,7 @@ def test_motorcycle():
 
 @pytest.mark.skipif(not SLAMBOOK.is_dir(), reason="needs data/multiview/slambook_rgbd of the shared folder")
 def test_slambook():
-    splits = D.open_pairs(SLAMBOOK, "scenes", (0, 0, 6), (.1, 1.))
+    splits = D.open_pairs(SLAMBOOK, "scenes", (0, 0, 6), (.1, 1.), everything=True)
     pair = splits.test[0]
     warp, valid = pair.truth((120, 160))
     a, b = (np.asarray(im.convert("L").resize((160, 120)), float) for im in (pair.image_a, pair.image_b))

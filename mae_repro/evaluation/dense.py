@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['log', 'LINEAR_LRS', 'DPT_LRS', 'DenseConfig', 'patch_layers', 'FrozenTokens', 'LinearMaps', 'DPTMaps',
-           'token_statistics', 'Depth', 'Normals', 'Classes', 'class_shares', 'held_out', 'fit_maps', 'measure',
-           'knn_reader', 'DenseResult', 'intervals', 'dense_size', 'dense_probe', 'answer_map', 'dense_compare',
-           'format_table', 'dense_figure']
+           'token_statistics', 'Depth', 'Normals', 'Classes', 'held_out', 'fit_maps', 'measure', 'knn_reader',
+           'DenseResult', 'intervals', 'dense_size', 'dense_probe', 'answer_map', 'dense_compare', 'format_table',
+           'dense_figure']
 
-# %% ../../nbs/evaluation/59_dense.ipynb #bbe7054e
+# %% ../../nbs/evaluation/59_dense.ipynb #1fdfde9b
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
-# %% ../../nbs/evaluation/59_dense.ipynb #cb564212
+# %% ../../nbs/evaluation/59_dense.ipynb #1e05f93b
 from .dense_maps import DenseSet, class_counts, class_scores, colour, depth_errors, normal_errors, remembered, spread
 from .geometry import DPTHead, monocular_hooks
 from .propagation import PatchPixels, at_size
@@ -33,17 +33,18 @@ from ..parts.weights import UserError
 from ..training.optimisation import cosine_lr, set_lr
 from ..views.photos import BrokenImage
 
-# %% ../../nbs/evaluation/59_dense.ipynb #8efe23b2
+# %% ../../nbs/evaluation/59_dense.ipynb #a089e1b4
 log = logging.getLogger(__name__)
 
-# %% ../../nbs/evaluation/59_dense.ipynb #1e15640c
+# %% ../../nbs/evaluation/59_dense.ipynb #e2c48026
 @dataclass(frozen=True)
 class DenseConfig:
     """How frozen tokens are read. img_size: (H, W) or one number, None what the encoder was made for; layer: number of the block, None the last (normals: the deepest of four).
 
     Training: AdamW for `steps` of `batch_size` pictures, one head for each of `lrs` (None: what suits the task), warm-up for a tenth, then a cosine; the best on a held-out tenth of
     the training groups is kept. depth: `bins`, `upsample` of the grid before the bins are read; median_scaling: each prediction is first scaled to the median of its truth.
-    normals: `feature_dim` of the DPT head. segmentation-knn: `k`, `temperature`, at most `bank` patches. cache_gb: tokens up to this size are kept in memory. bootstrap: resamples."""
+    normals: `feature_dim` of the DPT head. segmentation-knn: `k`, `temperature`, at most `bank` patches;
+    centre: the mean training token is taken from all tokens first (a large part that all share hides what differs). cache_gb: pictures and tokens of training and test stay in memory up to this size each. bootstrap: resamples."""
     img_size: int | tuple[int, int] | None = None
     layer: int | None = None
     lrs: tuple[float, ...] | None = None
@@ -56,6 +57,7 @@ class DenseConfig:
     feature_dim: int = 256
     k: int = 30
     temperature: float = .02
+    centre: bool = True
     bank: int = 200_000
     cache_gb: float = 4
     bootstrap: int = 1000
@@ -72,7 +74,7 @@ class DenseConfig:
 LINEAR_LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 DPT_LRS = (3e-4, 1e-3, 3e-3)
 
-# %% ../../nbs/evaluation/59_dense.ipynb #be8f9678
+# %% ../../nbs/evaluation/59_dense.ipynb #ae8462de
 def patch_layers(encoder: nn.Module, images: Tensor, layers: Sequence[int]) -> Tensor:
     "Patch tokens (B, len(layers), L, D) after the blocks numbered `layers`, through the final norm, of normalised images; an encoder without blocks repeats its tokens."
     encoder = at_size(encoder, images.shape[-2:])
@@ -80,7 +82,7 @@ def patch_layers(encoder: nn.Module, images: Tensor, layers: Sequence[int]) -> T
         return encoder.forward_features(images)[:, None, encoder.num_prefix_tokens:].expand(-1, len(layers), -1, -1)
     return torch.stack(list(encoder.get_intermediate_layers(images, n=list(layers), norm=True)), 1).float()
 
-
+# %% ../../nbs/evaluation/59_dense.ipynb #e684fe58
 class FrozenTokens:
     "`batch(rows) -> (tokens (b, layers, L, D), truth (b, c, H, W))` of a DenseSet, on `device`; unreadable pictures are left out, and their names collected in `skipped`."
 
@@ -118,7 +120,7 @@ class FrozenTokens:
             if (found := self.batch(part)) is not None:
                 yield [r for r in part if r not in self.skipped], *found
 
-# %% ../../nbs/evaluation/59_dense.ipynb #fbe3e701
+# %% ../../nbs/evaluation/59_dense.ipynb #4ecc5c9a
 class LinearMaps(nn.Module):
     "`count` linear layers of standardised tokens of the last layer given: tokens (b, layers, L, D) -> maps (count, b, channels, gh, gw). All start from equal weights."
 
@@ -139,7 +141,7 @@ class LinearMaps(nn.Module):
         maps = F.linear(x, torch.cat([h.weight for h in self.heads]), torch.cat([h.bias for h in self.heads]))
         return rearrange(maps, "b (gh gw) (r c) -> r b c gh gw", gh=self.grid[0], r=len(self.heads))
 
-
+# %% ../../nbs/evaluation/59_dense.ipynb #74585f79
 class DPTMaps(nn.Module):
     "`count` equal DPT heads on four standardised layers: tokens (b, 4, L, D) -> (count, b, channels, H, W). Channels of the four maps are 3/8, 3/4, 3/2 and 3 times `feature_dim`, as published for 256."
 
@@ -157,23 +159,23 @@ class DPTMaps(nn.Module):
         layers = ((tokens - self.mean) / self.std).unbind(1)
         return torch.stack([head(layers, self.grid) for head in self.heads])
 
-
+# %% ../../nbs/evaluation/59_dense.ipynb #f4a53683
 def token_statistics(frozen: FrozenTokens, rows: Sequence[int], batch_size: int) -> tuple[Tensor, Tensor]:
     "Mean and deviation (layers, 1, D) over the tokens of at most 256 of the pictures `rows`, of each layer by itself."
     x = torch.cat([rearrange(tokens, "b n l d -> n (b l) d").double().cpu() for _, tokens, _ in frozen.batches([rows[i] for i in spread(len(rows), 256)], batch_size)], 1)
     return x.mean(1, keepdim=True).float().to(frozen.device), x.std(1, keepdim=True).clamp(min=1e-6).float().to(frozen.device)
 
-# %% ../../nbs/evaluation/59_dense.ipynb #466a5377
+# %% ../../nbs/evaluation/59_dense.ipynb #9409f777
 class Depth:
     "Bins of depth: `decode` maps (n, bins, gh, gw) -> depth (n, 1, H, W); `loss`; `measure` per picture."
     metrics, lower = ("rmse", "absrel", "delta1"), True
 
-    def __init__(self, truths: Sequence[Tensor], config: DenseConfig):
-        known = torch.cat([t[t > 0].flatten() for t in truths])
+    def __init__(self, truths: Iterable[Tensor], config: DenseConfig):
+        known = torch.tensor([[d.min(), d.max(), d.median()] for d in (t[t > 0] for t in truths) if len(d)])
         if not len(known):
             raise UserError("none of the training pictures has a known depth")
-        self.centres = torch.linspace(known.min().item(), known.max().item(), config.bins)
-        self.channels, self.upsample, self.scaling, self.usual = config.bins, config.upsample, config.median_scaling, known.median()
+        self.centres = torch.linspace(known[:, 0].min().item(), known[:, 1].max().item(), config.bins)
+        self.channels, self.upsample, self.scaling, self.usual = config.bins, config.upsample, config.median_scaling, known[:, 2].median()
 
     def decode(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
         p = F.interpolate(maps, scale_factor=self.upsample, mode="bilinear", align_corners=False).relu() + .1
@@ -186,7 +188,7 @@ class Depth:
         return (g.var(correction=0) + .15 * g.mean() ** 2 + 1e-12).sqrt() if len(g) else pred.sum() * 0
 
     def constant(self, size: tuple[int, int]) -> Tensor:
-        "What to say without looking: the median of training."
+        "What to say without looking: the median of the medians of training."
         return self.usual.expand(1, *size)
 
     def measure(self, pred: Tensor, truth: Tensor) -> np.ndarray | None:
@@ -200,13 +202,13 @@ def _means(metrics: Sequence[str], totals: np.ndarray) -> dict[str, np.ndarray]:
     "Means from sums (..., metrics + 1) over pictures, the last of which counts them."
     return {name: totals[..., i] / totals[..., -1] for i, name in enumerate(metrics)}
 
-# %% ../../nbs/evaluation/59_dense.ipynb #aed7f5d7
+# %% ../../nbs/evaluation/59_dense.ipynb #b14f78ed
 class Normals:
     "Unit normals (n, 3, H, W); score: angles to the truth in degrees."
     metrics, lower, channels = ("mean", "median", "rmse", "within_11", "within_22", "within_30"), True, 3
 
-    def __init__(self, truths: Sequence[Tensor], config: DenseConfig):
-        total = sum(t.double().sum((0, 2, 3)) for t in truths)
+    def __init__(self, truths: Iterable[Tensor], config: DenseConfig):
+        total = sum((t.double().sum((0, 2, 3)) for t in truths), torch.zeros(3).double())
         if not total.any():
             raise UserError("none of the training pictures has a known normal")
         self.usual = F.normalize(total, dim=0).float()
@@ -227,39 +229,40 @@ class Normals:
     def summary(self, totals: np.ndarray) -> dict[str, np.ndarray]:
         return _means(self.metrics, totals)
 
-# %% ../../nbs/evaluation/59_dense.ipynb #4c73e813
+# %% ../../nbs/evaluation/59_dense.ipynb #6e0414cb
 class Classes:
-    "Logits (n, classes, H, W); score: mean IoU and pixel accuracy."
+    "Logits (n, classes, H, W); score: mean IoU and pixel accuracy. Without names as many classes as the training pictures show; what lies beyond is not scored."
     metrics, lower = ("miou", "accuracy"), False
 
-    def __init__(self, truths: Sequence[Tensor], config: DenseConfig, classes: int):
-        self.channels, self.upsample = classes, config.upsample
-        self.usual = sum(class_shares(t, classes) for t in truths)
-        if not self.usual.any():
+    def __init__(self, truths: Iterable[Tensor], config: DenseConfig, names: tuple[str, ...] = ()):
+        seen = sum((t[t >= 0].bincount(minlength=256) for t in truths), torch.zeros(256))
+        if not seen.any():
             raise UserError("none of the training pictures has a known class")
+        self.channels = len(names) or max(2, int(seen.nonzero().max()) + 1)
+        self.usual = F.one_hot(seen.argmax(), self.channels).float()
 
     def decode(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
         return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
     def loss(self, pred: Tensor, truth: Tensor) -> Tensor:
-        known = (truth[:, 0] >= 0).sum().clamp(min=1)
-        return F.cross_entropy(pred, truth[:, 0].clamp(min=-1), ignore_index=-1, reduction="sum") / known
+        truth = self.known(truth[:, 0])
+        return F.cross_entropy(pred, truth, ignore_index=-1, reduction="sum") / (truth >= 0).sum().clamp(min=1)
+
+    def known(self, truth: Tensor) -> Tensor:
+        "-1 for what is not one of the classes."
+        return torch.where((truth >= 0) & (truth < self.channels), truth, -1)
 
     def constant(self, size: tuple[int, int]) -> Tensor:
+        "The most frequent class of training, everywhere."
         return self.usual[:, None, None].expand(-1, *size)
 
     def measure(self, pred: Tensor, truth: Tensor) -> np.ndarray | None:
-        return class_counts(pred.argmax(0), truth[0], self.channels)
+        return class_counts(pred.argmax(0), self.known(truth[0]), self.channels)
 
     def summary(self, totals: np.ndarray) -> dict[str, np.ndarray]:
         return class_scores(totals)
 
-
-def class_shares(truth: Tensor, classes: int) -> Tensor:
-    "How many pixels of `truth` each class has, float (classes,); classes below 0 are not counted."
-    return truth[truth >= 0].bincount(minlength=classes).float().cpu()
-
-# %% ../../nbs/evaluation/59_dense.ipynb #04cfedf1
+# %% ../../nbs/evaluation/59_dense.ipynb #b645cd90
 def held_out(data: DenseSet, seed: int) -> tuple[list[int], list[int]]:
     "Rows to train on and rows to choose by: a tenth of the groups, rounded up (of the pictures, if there is one group only)."
     names = list(dict.fromkeys(data.groups))
@@ -269,7 +272,7 @@ def held_out(data: DenseSet, seed: int) -> tuple[list[int], list[int]]:
     held = {names[i] for i in order[:math.ceil(len(names) / 10)]} if len(names) > 1 else set()
     return [i for i, key in enumerate(keys) if key not in held], [i for i, key in enumerate(keys) if key in held]
 
-
+# %% ../../nbs/evaluation/59_dense.ipynb #245aee46
 def fit_maps(maps: nn.Module, answer: Depth | Normals | Classes, frozen: FrozenTokens, rows: Sequence[int], lrs: Sequence[float], config: DenseConfig, progress: bool = False) -> list[float]:
     "Train all heads of `maps` together, each at its own rate, on the pictures `rows`; returns their last losses. The order depends on the seed alone."
     groups = [dict(params=list(head.parameters()), lr=lr, lr_scale=lr) for head, lr in zip(maps.heads, lrs, strict=True)]
@@ -288,7 +291,7 @@ def fit_maps(maps: nn.Module, answer: Depth | Normals | Classes, frozen: FrozenT
         rule.step()
     return [] if losses == [] else losses.tolist()
 
-
+# %% ../../nbs/evaluation/59_dense.ipynb #af3860c8
 def _losses(maps: nn.Module, answer, tokens: Tensor, truth: Tensor, config: DenseConfig) -> Tensor:
     "Loss of each head; depth and classes are compared at `upsample` times the grid, with the nearest pixel of the truth."
     found, full = maps(tokens), truth.shape[-2:]
@@ -296,7 +299,7 @@ def _losses(maps: nn.Module, answer, tokens: Tensor, truth: Tensor, config: Dens
     truth = F.interpolate(truth.float(), size, mode="nearest-exact").to(truth.dtype)
     return torch.stack([answer.loss(answer.decode(one, size), truth) for one in found])
 
-
+# %% ../../nbs/evaluation/59_dense.ipynb #9488a4d8
 @torch.no_grad()
 def measure(read: Callable[[Tensor], Tensor], answer: Depth | Normals | Classes, frozen: FrozenTokens, rows: Sequence[int], batch_size: int, progress: bool = False) -> tuple[list[int], np.ndarray]:
     "Rows that count, and the measures (rows, m) of what `read(tokens)` -> (b, ...) says of them."
@@ -310,16 +313,17 @@ def measure(read: Callable[[Tensor], Tensor], answer: Depth | Normals | Classes,
         raise UserError("none of the pictures that are scored could be read, or none has a known truth")
     return kept, np.stack(found)
 
-# %% ../../nbs/evaluation/59_dense.ipynb #c83ea7f0
+# %% ../../nbs/evaluation/59_dense.ipynb #acbd102f
 @torch.no_grad()
 def knn_reader(frozen: FrozenTokens, rows: Sequence[int], answer: Classes, size: tuple[int, int], grid: tuple[int, int], config: DenseConfig) -> Callable[[Tensor], Tensor]:
     "`read(tokens (b, layers, L, D)) -> shares of classes (b, classes, H, W)` from the patches of the pictures `rows`, at most `bank` of them (spread evenly)."
     each, keys, values = max(1, config.bank // len(rows)), [], []
+    mean = token_statistics(frozen, rows, config.batch_size)[0][-1] if config.centre else 0
     for part, tokens, truth in frozen.batches(rows, config.batch_size):
-        known = F.one_hot(truth[:, 0].clamp(min=0), answer.channels) * (truth[:, 0] >= 0)[..., None]
+        known = F.one_hot(answer.known(truth[:, 0]) + 1, answer.channels + 1)[..., 1:]
         shares = reduce(known.float(), "b (gh p1) (gw p2) c -> b (gh gw) c", "mean", gh=grid[0], gw=grid[1])
         some = torch.randperm(tokens.shape[2], generator=torch.Generator().manual_seed(config.seed + part[0]))[:each].to(tokens.device)
-        keys.append(F.normalize(tokens[:, -1, some], dim=-1).flatten(0, 1))
+        keys.append(F.normalize(tokens[:, -1, some] - mean, dim=-1).flatten(0, 1))
         values.append(shares[:, some].flatten(0, 1))
     keys, values = torch.cat(keys), torch.cat(values)
     seen = values.sum(1) > 0
@@ -327,13 +331,13 @@ def knn_reader(frozen: FrozenTokens, rows: Sequence[int], answer: Classes, size:
 
     def read(tokens: Tensor) -> Tensor:
         votes = []
-        for one in F.normalize(tokens[:, -1], dim=-1):  # a picture at a time: all similarities of a batch may be large
+        for one in F.normalize(tokens[:, -1] - mean, dim=-1):  # a picture at a time: all similarities of a batch may be large
             cos, near = (one @ keys).topk(min(config.k, keys.shape[1]), dim=1)
             votes.append(torch.einsum("lk,lkc->lc", (cos / config.temperature).softmax(1), values[near]))
         return answer.decode(rearrange(torch.stack(votes), "b (gh gw) c -> b c gh gw", gh=grid[0]), size)
     return read
 
-# %% ../../nbs/evaluation/59_dense.ipynb #f9d12bcb
+# %% ../../nbs/evaluation/59_dense.ipynb #c17d32ee
 @dataclass(frozen=True)
 class DenseResult:
     "One row: `metrics` of the test pictures with 95 % intervals `low`, `high` (bootstrap over `groups` of test pictures; of a single group over its pictures), and how they were measured."
@@ -348,7 +352,7 @@ class DenseResult:
     skipped: int = 0
     settings: dict = field(default_factory=dict)
 
-
+# %% ../../nbs/evaluation/59_dense.ipynb #32f336c9
 def intervals(answer: Depth | Normals | Classes, measured: np.ndarray, groups: Sequence[str], resamples: int, seed: int = 0) -> tuple[dict, dict, dict]:
     "Scores of measures (rows, m), and the ends of their 95 % intervals when groups are drawn with replacement."
     names = list(dict.fromkeys(groups))
@@ -360,7 +364,7 @@ def intervals(answer: Depth | Normals | Classes, measured: np.ndarray, groups: S
     ends = {name: np.nanpercentile(values, (2.5, 97.5)) for name, values in drawn.items()}
     return {k: float(v) for k, v in answer.summary(sums.sum(0)).items()}, {k: float(v[0]) for k, v in ends.items()}, {k: float(v[1]) for k, v in ends.items()}
 
-
+# %% ../../nbs/evaluation/59_dense.ipynb #3bc83e2b
 def _layers(encoder: nn.Module, task: str, layer: int | None) -> tuple[int, ...]:
     "Blocks that a task reads. UserError for one that does not exist, or too few for DPT."
     depth = len(encoder.blocks) if hasattr(encoder, "blocks") else 4
@@ -373,7 +377,7 @@ def _layers(encoder: nn.Module, task: str, layer: int | None) -> tuple[int, ...]
         raise UserError(f"layer {last}: the DPT head of --task normals reads four blocks up to it, and there are {last + 1}")
     return monocular_hooks(last + 1)
 
-
+# %% ../../nbs/evaluation/59_dense.ipynb #fb6f6650
 def dense_size(encoder: nn.Module, img_size: int | tuple[int, int] | None, task: str) -> tuple[int, int]:
     "Height and width of the input. UserError if patches do not fit, or their grid has an odd side for DPT."
     size, patch = img_size or encoder_size(encoder), encoder_patch_size(encoder)
@@ -385,17 +389,10 @@ def dense_size(encoder: nn.Module, img_size: int | tuple[int, int] | None, task:
         raise UserError(f"img_size {' x '.join(map(str, size))}: both sides must be multiples of {step}" + (f", twice the patch_size {patch}, for --task normals" if task == "normals" else ", the patch_size"))
     return size
 
-
-def _answer(task: str, truths: list[Tensor], classes: tuple[str, ...], config: DenseConfig) -> Depth | Normals | Classes:
-    "What is asked, as far as the training data says it."
-    if task in ("depth", "normals"):
-        return (Depth if task == "depth" else Normals)(truths, config)
-    return Classes(truths, config, len(classes) or max(2, int(max(t.max() for t in truths)) + 1))
-
-
+# %% ../../nbs/evaluation/59_dense.ipynb #1eda5840
 def dense_probe(encoder: nn.Module, train: DenseSet, test: DenseSet, task: str = "depth", config: DenseConfig = DenseConfig(), device: str | torch.device = "cpu",
-                progress: bool = True, name: str = "encoder", constant: bool = False, show: int = 3) -> tuple[DenseResult, list[Tensor]]:
-    """Train a reader of `task` on frozen tokens and score it: one row, and the predictions for the first `show` test pictures, as the truth is given.
+                progress: bool = True, name: str = "encoder", constant: bool = False, show: int = 3) -> tuple[DenseResult, dict[int, Tensor]]:
+    """Train a reader of `task` on frozen tokens and score it: one row, and what it says of `show` test pictures (of different groups if there are as many), by their number, as the truth is given.
 
     constant: the control that never looks (median depth, mean normal, most frequent class). UserError: see `dense_size`, `open_maps`, or data without truth."""
     device, was_training = torch.device(device), encoder.training
@@ -403,32 +400,37 @@ def dense_probe(encoder: nn.Module, train: DenseSet, test: DenseSet, task: str =
     grid, encoder = grid_size(size, encoder_patch_size(encoder)), encoder.to(device).eval()
     frozen, tested = (FrozenTokens(encoder, data, size, layers, device, config.cache_gb * 2**30) for data in (train, test))
     rows, held = held_out(train, config.seed)
-    truths = [truth.cpu() for _, _, truth in frozen.batches([rows[i] for i in spread(len(rows), 2000)], config.batch_size, f"{name}: training pictures", progress)]
-    if not truths:
-        raise UserError(f"none of the {len(train)} training pictures could be read, the first is {train.names[0]}")
-    answer, settings = _answer(task, truths, train.classes, config), dict(layers=list(layers), img_size=list(size), seed=config.seed)
+    seen = (truth.cpu() for _, _, truth in frozen.batches([rows[i] for i in spread(len(rows), 2000)], config.batch_size, f"{name}: training pictures", progress))
+    answer = Depth(seen, config) if task == "depth" else Normals(seen, config) if task == "normals" else Classes(seen, config, train.classes)
+    settings = dict(layers=list(layers) if hasattr(encoder, "blocks") else [], img_size=list(size), seed=config.seed)
     if constant:
         read = lambda tokens: answer.constant(size).to(device).expand(len(tokens), -1, *size)
     elif task == "segmentation-knn":
         read = knn_reader(frozen, rows + held, answer, size, grid, config)
-        settings |= dict(k=config.k, temperature=config.temperature, bank=config.bank)
+        settings |= dict(k=config.k, temperature=config.temperature, centre=config.centre, bank=config.bank)
     else:
         read, chosen = _trained_reader(frozen, rows, held, answer, task, size, grid, config, progress)
         settings |= chosen
     kept, measured = measure(read, answer, tested, range(len(test)), config.batch_size, progress)
     found = intervals(answer, measured, [test.groups[r] for r in kept], config.bootstrap, config.seed)
     with torch.no_grad():
-        said = [answer_map(read(tokens)[0].cpu(), task) for _, tokens, _ in tested.batches(kept[:show], 1)]
+        said = {part[0]: answer_map(read(tokens)[0].cpu(), task) for part, tokens, _ in tested.batches(_one_of_each(kept, test.groups)[:show], 1)}
     encoder.train(was_training)
     result = DenseResult(name, task, *found, len(train) - len(frozen.skipped), len(kept), len({test.groups[r] for r in kept}), len(frozen.skipped) + len(tested.skipped), settings)
     return result, said
+
+# %% ../../nbs/evaluation/59_dense.ipynb #33a94316
+def _one_of_each(rows: Sequence[int], groups: Sequence[str]) -> list[int]:
+    "The first row of each group, then all others."
+    first = list({groups[r]: r for r in reversed(rows)}.values())[::-1]
+    return first + [r for r in rows if r not in first]
 
 
 def answer_map(pred: Tensor, task: str) -> Tensor:
     "One prediction in the form of the truth: classes instead of logits."
     return pred.argmax(0, keepdim=True) if task.startswith("segmentation") else pred
 
-
+# %% ../../nbs/evaluation/59_dense.ipynb #3114e3a2
 def _trained_reader(frozen, rows, held, answer, task, size, grid, config, progress) -> tuple[Callable[[Tensor], Tensor], dict]:
     "The best head of the sweep, and how it was trained."
     lrs = config.lrs or (DPT_LRS if task == "normals" else LINEAR_LRS)
@@ -447,9 +449,9 @@ def _trained_reader(frozen, rows, held, answer, task, size, grid, config, progre
     best = 0 if None in scores else (min if answer.lower else max)(range(len(lrs)), key=scores.__getitem__)
     return reader(best), dict(lr=lrs[best], lrs=list(lrs), held_out=scores, steps=config.steps, batch_size=config.batch_size)
 
-# %% ../../nbs/evaluation/59_dense.ipynb #c9b2102e
+# %% ../../nbs/evaluation/59_dense.ipynb #ac470c26
 def dense_compare(encoder: nn.Module, train: DenseSet, test: DenseSet, task: str = "depth", config: DenseConfig = DenseConfig(), untrained: nn.Module | None = None,
-                  device: str | torch.device = "cpu", progress: bool = True, controls: bool = True, name: str = "encoder") -> tuple[list[DenseResult], dict[str, list[Tensor]]]:
+                  device: str | torch.device = "cpu", progress: bool = True, controls: bool = True, name: str = "encoder") -> tuple[list[DenseResult], dict[str, dict[int, Tensor]]]:
     "`dense_probe` of the encoder, of its `untrained` self if given, of raw pixels and of a constant (without `controls` the encoder alone): the rows, and each one's predictions. Raises as `dense_probe`."
     config = replace(config, img_size=dense_size(encoder, config.img_size, task))
     pixels = PatchPixels(encoder_patch_size(encoder))
@@ -474,25 +476,19 @@ def format_table(rows: Sequence[DenseResult]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip() for line in cells)
 
-# %% ../../nbs/evaluation/59_dense.ipynb #937ec721
-def dense_figure(test: DenseSet, task: str, said: dict[str, list[Tensor]], size: tuple[int, int], shown: int = 3, dpi: int = 72):
-    "A matplotlib figure: test pictures, their truth, and what each reader says (`said` as from `dense_compare`), a row a picture."
+# %% ../../nbs/evaluation/59_dense.ipynb #8b44fe84
+def dense_figure(test: DenseSet, task: str, said: dict[str, dict[int, Tensor]], size: tuple[int, int], shown: int = 3, dpi: int = 64):
+    "A matplotlib figure: some test pictures, their truth, and what each reader says (`said` as from `dense_compare`, at `size`), a row a picture."
     import matplotlib.pyplot as plt
-    rows = []
-    for i in range(len(test)):
-        try:
-            rows.append((test.load(i, size)))
-        except BrokenImage:
-            continue
-        if len(rows) == min(shown, len(next(iter(said.values())))):
-            break
+    numbers = list(next(iter(said.values())))[:shown]
+    rows = [test.load(i, size) for i in numbers]
     titles = ["picture", "truth", *said]
-    fig, axes = plt.subplots(len(rows), len(titles), squeeze=False, figsize=(1.35 * len(titles), 1.35 * len(rows) * size[0] / size[1] + .25), dpi=dpi, layout="constrained")
+    fig, axes = plt.subplots(len(rows), len(titles), squeeze=False, figsize=(1.3 * len(titles), 1.3 * len(rows) * size[0] / size[1] + .25), dpi=dpi, layout="constrained")
     plt.close(fig)  # shown where it is returned, not a second time by the notebook
-    for r, (image, truth) in enumerate(rows):
+    for r, (number, (image, truth)) in enumerate(zip(numbers, rows)):
         truth = torch.from_numpy(truth)
         span = (truth[truth > 0].min().item(), truth.max().item()) if task == "depth" and (truth > 0).any() else None
-        for ax, picture in zip(axes[r], [np.asarray(image), colour(truth, task, span), *(colour(maps[r], task, span) for maps in said.values())]):
+        for ax, picture in zip(axes[r], [np.asarray(image), colour(truth, task, span), *(colour(maps[number], task, span) for maps in said.values())]):
             ax.imshow(picture, interpolation="nearest")
             ax.set_axis_off()
     for ax, title in zip(axes[0], titles):

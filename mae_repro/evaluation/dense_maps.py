@@ -7,7 +7,7 @@ __all__ = ['TASKS', 'LAYOUTS', 'THINGS', 'NYU_CAMERA', 'EIGEN_CROP', 'normals_fr
            'frame_truth', 'rendered_things', 'posed_maps', 'open_maps', 'depth_errors', 'normal_errors', 'class_counts',
            'class_scores', 'colour']
 
-# %% ../../nbs/evaluation/48_dense_maps.ipynb #ca2eaae6
+# %% ../../nbs/evaluation/48_dense_maps.ipynb #286aa6fe
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,13 +18,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-# %% ../../nbs/evaluation/48_dense_maps.ipynb #65310484
+# %% ../../nbs/evaluation/48_dense_maps.ipynb #3abd395c
 from .video_data import nearest
 from ..parts.weights import UserError
 from ..views.photos import BrokenImage, load_image
 from ..views.posed import PosedFrame, PosedScenes, RenderedScenes, open_posed
 
-# %% ../../nbs/evaluation/48_dense_maps.ipynb #a8717457
+# %% ../../nbs/evaluation/48_dense_maps.ipynb #6894a371
 def normals_from_depth(depth: np.ndarray, K: np.ndarray, edge: float = .03) -> np.ndarray:
     """Unit normals (3, H, W) float32 towards the camera (x right, y down, z forward) of a `depth` (H, W) seen by K (3, 3); 0 where they are not known.
 
@@ -42,12 +42,12 @@ def normals_from_depth(depth: np.ndarray, K: np.ndarray, edge: float = .03) -> n
     out[:, 1:-1, 1:-1] = np.divide(normal, length[..., None], out=np.zeros_like(normal), where=known[..., None]).transpose(2, 0, 1)
     return out
 
-# %% ../../nbs/evaluation/48_dense_maps.ipynb #ad310952
+# %% ../../nbs/evaluation/48_dense_maps.ipynb #c2ce80a7
 TASKS = ("depth", "normals", "segmentation", "segmentation-knn")
 LAYOUTS = {"scenes": TASKS, "nyu": TASKS[:2], "ade20k": TASKS[2:], "voc": TASKS[2:]}  # layout: what it has the truth of
 THINGS = ("background", "puppet", "box", "ball")  # classes of rendered scenes
 
-
+# %% ../../nbs/evaluation/48_dense_maps.ipynb #1d1d21f8
 @dataclass(frozen=True, eq=False)
 class DenseSet:
     """`names` of N pictures, `groups` (N,) of what belongs together, and `load(i, (H, W)) -> (RGB picture, truth)` of that size. Raises BrokenImage.
@@ -66,12 +66,12 @@ class DenseSet:
         rows, load = list(rows), self.load
         return replace(self, names=tuple(self.names[r] for r in rows), groups=tuple(self.groups[r] for r in rows), load=lambda i, size: load(rows[i], size))
 
-
+# %% ../../nbs/evaluation/48_dense_maps.ipynb #e747a0e3
 def spread(n: int, limit: int | None) -> list[int]:
     "At most `limit` of the numbers 0..n-1, evenly spread."
     return list(range(n)) if limit is None or limit >= n else [i * n // limit for i in range(limit)]
 
-
+# %% ../../nbs/evaluation/48_dense_maps.ipynb #6662f51f
 def remembered(data: DenseSet, size: tuple[int, int], cache_bytes: float) -> DenseSet:
     "The same pictures and truths at `size`, kept in memory once they were loaded, as far as they fit: several encoders look at them."
     kept, used = {}, 0
@@ -87,7 +87,7 @@ def remembered(data: DenseSet, size: tuple[int, int], cache_bytes: float) -> Den
         return kept[i]
     return replace(data, load=load)
 
-# %% ../../nbs/evaluation/48_dense_maps.ipynb #9eb854e7
+# %% ../../nbs/evaluation/48_dense_maps.ipynb #735c1fe6
 def frame_truth(frame: PosedFrame, task: str, name: str) -> np.ndarray:
     "What `task` asks of a frame, as `DenseSet.load` gives it. UserError, with the `name` of the scene, if the frame does not have it."
     what = "mask" if task.startswith("segmentation") else "depth"
@@ -125,11 +125,11 @@ def posed_maps(scenes: PosedScenes, task: str, frames: int = 4) -> tuple[DenseSe
         raise UserError(f"{scenes.name(0)}: one picture cannot both train and test a reader; give more scenes, or more frames of each")
     return tuple(every.take([row for row in range(len(items)) if held(row) == test]) for test in (False, True))
 
-# %% ../../nbs/evaluation/48_dense_maps.ipynb #219e1081
+# %% ../../nbs/evaluation/48_dense_maps.ipynb #c9b11540
 NYU_CAMERA = (518.8579, 519.4696, 325.5824, 253.7362)  # focal lengths and principal point for 640 x 480, from the toolbox of NYUv2
 EIGEN_CROP = (slice(45, 471), slice(41, 601))           # rows and columns of 480 x 640 that are scored (Eigen et al. 2014)
 
-
+# %% ../../nbs/evaluation/48_dense_maps.ipynb #86f8ee43
 def _numbers(path: Path) -> np.ndarray:
     "Whole numbers (H, W) of a PNG. BrokenImage."
     try:
@@ -140,7 +140,7 @@ def _numbers(path: Path) -> np.ndarray:
         raise BrokenImage(str(path), f"is {found.shape}, not one number a pixel")
     return found
 
-
+# %% ../../nbs/evaluation/48_dense_maps.ipynb #76506a46
 def _class_pairs(pairs: list[tuple[Path, Path]], numbers: Callable[[np.ndarray], np.ndarray], classes: tuple[str, ...]) -> DenseSet:
     "Pictures and class maps in two files each."
     def load(i: int, size: tuple[int, int]):
@@ -152,14 +152,14 @@ def _class_pairs(pairs: list[tuple[Path, Path]], numbers: Callable[[np.ndarray],
     names = tuple(str(image) for image, _ in pairs)
     return DenseSet(names, names, load, classes)
 
-
+# %% ../../nbs/evaluation/48_dense_maps.ipynb #44a594f1
 def _ade20k(root: Path, part: str) -> DenseSet:
     "images/{training,validation}/NAME.jpg with annotations/{training,validation}/NAME.png: 0 other, 1..150 (SceneParse150)."
     folder = {"train": "training", "test": "validation"}[part]
     pairs = [(path, root / "annotations" / folder / f"{path.stem}.png") for path in sorted((root / "images" / folder).glob("*.jpg"))]
     return _class_pairs(pairs, lambda x: x - 1, tuple(f"class {i}" for i in range(1, 151)))
 
-
+# %% ../../nbs/evaluation/48_dense_maps.ipynb #cc8e6a08
 def _voc(root: Path, part: str) -> DenseSet:
     "JPEGImages/NAME.jpg with SegmentationClass/NAME.png (255: not scored) for the names in ImageSets/Segmentation/{train,val}.txt."
     listing = root / "ImageSets/Segmentation" / {"train": "train.txt", "test": "val.txt"}[part]
@@ -167,7 +167,7 @@ def _voc(root: Path, part: str) -> DenseSet:
     return _class_pairs([(root / f"JPEGImages/{n}.jpg", root / f"SegmentationClass/{n}.png") for n in names],
                         lambda x: np.where(x == 255, -1, x), ("background", *(f"class {i}" for i in range(1, 21))))
 
-
+# %% ../../nbs/evaluation/48_dense_maps.ipynb #6c18ad43
 def _nyu(root: Path, part: str, task: str) -> DenseSet:
     "nyu_{train,test}.txt, a line `/SCENE/rgb.jpg /SCENE/depth.png FOCAL` a picture, depth uint16 in millimetres; metres here."
     listing = root / f"nyu_{part}.txt"
@@ -187,7 +187,7 @@ def _nyu(root: Path, part: str, task: str) -> DenseSet:
         return frame.image, frame_truth(frame, task, str(root))
     return DenseSet(tuple(str(image) for image, _ in pairs), tuple(str(image.parent) for image, _ in pairs), load)
 
-
+# %% ../../nbs/evaluation/48_dense_maps.ipynb #5c95af92
 def open_maps(root: str | Path | None, task: str, layout: str = "scenes", limit: int | None = None, frames: int = 4, size: int | tuple[int, int] = 96) -> tuple[DenseSet, DenseSet]:
     """Training and test pictures with the truth of `task` from a folder in one of LAYOUTS; `scenes` without a folder: 60 rendered scenes of `size`.
 
@@ -209,7 +209,7 @@ def open_maps(root: str | Path | None, task: str, layout: str = "scenes", limit:
             raise UserError(f"{root}: no {part} pictures in the layout {layout}: {' '.join({'ade20k': _ade20k, 'voc': _voc, 'nyu': _nyu}[layout].__doc__.split())}")
     return tuple(found.take(spread(len(found), limit)) for found in sets)
 
-# %% ../../nbs/evaluation/48_dense_maps.ipynb #d9f82630
+# %% ../../nbs/evaluation/48_dense_maps.ipynb #a339c6a7
 def depth_errors(pred: Tensor, truth: Tensor, median_scaling: bool = False) -> np.ndarray | None:
     """RMSE (in units of truth), AbsRel |pred - z| / z, and the share within max(pred / z, z / pred) < 1.25, of one picture (1, H, W), and 1 to count it; None if no depth is known.
 
@@ -222,7 +222,7 @@ def depth_errors(pred: Tensor, truth: Tensor, median_scaling: bool = False) -> n
         p = p * z.median() / p.median()
     return np.array([((p - z) ** 2).mean().sqrt().item(), ((p - z).abs() / z).mean().item(), (torch.maximum(p / z, z / p) < 1.25).double().mean().item(), 1.])
 
-# %% ../../nbs/evaluation/48_dense_maps.ipynb #19b81c4f
+# %% ../../nbs/evaluation/48_dense_maps.ipynb #5a0a20cc
 def normal_errors(pred: Tensor, truth: Tensor) -> np.ndarray | None:
     "Mean, median and root mean square of the angle in degrees between unit normals (3, H, W), the shares below 11.25, 22.5 and 30 degrees, and 1 to count the picture; None if nothing is known."
     known = truth.abs().sum(0) > 0
@@ -232,7 +232,7 @@ def normal_errors(pred: Tensor, truth: Tensor) -> np.ndarray | None:
     angle = torch.rad2deg(torch.atan2(torch.linalg.cross(a, b, dim=0).norm(dim=0), (a * b).sum(0)))  # arccos would lose small angles to rounding
     return np.array([angle.mean().item(), angle.median().item(), (angle ** 2).mean().sqrt().item(), *((angle < d).double().mean().item() for d in (11.25, 22.5, 30)), 1.])
 
-# %% ../../nbs/evaluation/48_dense_maps.ipynb #5d8362c9
+# %% ../../nbs/evaluation/48_dense_maps.ipynb #7c444035
 def class_counts(pred: Tensor, truth: Tensor, classes: int) -> np.ndarray | None:
     "Pixels of each class that are right, true, and said, one after the other (3 * classes,), of class maps (H, W) where truth is at least 0; None if it is nowhere."
     known = truth >= 0
@@ -247,7 +247,7 @@ def class_scores(totals: np.ndarray) -> dict[str, np.ndarray]:
     iou = np.divide(right, union, out=np.zeros_like(right), where=union > 0)
     return {"miou": iou.sum(-1) / (union > 0).sum(-1), "accuracy": right.sum(-1) / true.sum(-1)}
 
-# %% ../../nbs/evaluation/48_dense_maps.ipynb #763da87e
+# %% ../../nbs/evaluation/48_dense_maps.ipynb #415e5cd6
 def colour(truth: Tensor, task: str, span: tuple[float, float] | None = None) -> np.ndarray:
     "A map as an RGB picture (H, W, 3) in 0..1: depth from near (bright) to far over `span`, normals as (1 + n) / 2 with z turned to the viewer, classes in ten colours; unknown black."
     import matplotlib

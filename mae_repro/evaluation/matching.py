@@ -8,7 +8,7 @@ __all__ = ['log', 'THRESHOLDS', 'Key', 'log_probs', 'kernel_warp', 'full_warp', 
            'HeadsAdamW', 'MatchConfig', 'measure', 'Trained', 'train_heads', 'MatchRow', 'MatchResult', 'match_row',
            'match', 'format_table', 'stay_row', 'compare', 'find_matches', 'match_figure']
 
-# %% ../../nbs/evaluation/47_matching.ipynb #1f852ff7
+# %% ../../nbs/evaluation/47_matching.ipynb #0841667e
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,23 +23,23 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# %% ../../nbs/evaluation/47_matching.ipynb #56a4c850
+# %% ../../nbs/evaluation/47_matching.ipynb #e1c86bea
 from .pair_data import MatchPair, Pairs, PairSplits, cell_centres
 from ..parts.features import encoder_patch_size, encoder_size
 from ..parts.patches import grid_size, normalise, patchify
 from ..parts.weights import UserError
 from ..views.photos import BrokenImage
 
-# %% ../../nbs/evaluation/47_matching.ipynb #fe624d71
+# %% ../../nbs/evaluation/47_matching.ipynb #294d2eb6
 log = logging.getLogger(__name__)
 
-# %% ../../nbs/evaluation/47_matching.ipynb #e018abfa
+# %% ../../nbs/evaluation/47_matching.ipynb #9849c8e7
 def log_probs(a: Tensor, b: Tensor, temperature: float = .1) -> Tensor:
     "log p(m | n) (..., m, n) float32, normalised over the places m of b (..., m, c), for the places n of a (..., n, c); features of any length."
-    a, b = (F.normalize(x.float(), dim=-1) for x in (a, b))
-    return (torch.einsum("... m c, ... n c -> ... m n", b, a).float() / temperature).log_softmax(dim=-2)
+    a, b = F.normalize(a.float(), dim=-1) / temperature, F.normalize(b.float(), dim=-1)
+    return torch.einsum("... m c, ... n c -> ... m n", b, a).float().log_softmax(dim=-2)
 
-# %% ../../nbs/evaluation/47_matching.ipynb #9e68af78
+# %% ../../nbs/evaluation/47_matching.ipynb #664188b6
 def kernel_warp(logp: Tensor, grid_b: tuple[int, int]) -> Tensor:
     """Places (..., n, 2), x and y in -1..1, of log-probabilities (..., m, n) over a grid b (gh, gw): the mean of the most probable cell and its four neighbours.
 
@@ -57,7 +57,7 @@ def full_warp(warp: Tensor, grid_a: tuple[int, int], size: tuple[int, int]) -> T
     maps = rearrange(warp, "b (h w) c -> b c h w", h=grid_a[0])
     return rearrange(F.interpolate(maps, size, mode="bilinear", align_corners=False), "b c h w -> b h w c")
 
-# %% ../../nbs/evaluation/47_matching.ipynb #d912af7b
+# %% ../../nbs/evaluation/47_matching.ipynb #b64da0bf
 @torch.no_grad()
 def patch_features(encoder: nn.Module, images: Tensor, layers: Sequence[int] = (-1,), norm: bool = True) -> list[Tensor]:
     """Patch tokens (B, L, C) of normalised images (B, 3, H, W) for each of `layers` (0 the first block, -1 the last); every image on its own. ValueError: no such block.
@@ -81,7 +81,7 @@ class RawPatches(nn.Module):
     def get_intermediate_layers(self, images: Tensor, n: Sequence[int], norm: bool = True) -> tuple[Tensor, ...]:
         return tuple(patchify(images, self.patch_size) for _ in n)
 
-# %% ../../nbs/evaluation/47_matching.ipynb #33c57f8b
+# %% ../../nbs/evaluation/47_matching.ipynb #b16cd6d8
 THRESHOLDS = (32, 1, 3, 5, 8, 16)  # pixels: robustness, then PCK
 
 
@@ -105,7 +105,7 @@ def interval(statistics: Tensor, batch_size: int | None = 8, draws: int = 1000, 
     rows = torch.randint(len(statistics), (draws, len(statistics)), generator=torch.Generator().manual_seed(seed))
     return summarise(statistics[rows], batch_size).nanquantile(torch.tensor([.025, .975], dtype=torch.float64), dim=0)
 
-# %% ../../nbs/evaluation/47_matching.ipynb #f29ff430
+# %% ../../nbs/evaluation/47_matching.ipynb #46067b1f
 def nearest_cells(warp: Tensor, grid: tuple[int, int]) -> Tensor:
     "Numbers (...) of the cells of a grid (gh, gw) that contain places (..., 2) in -1..1; outside: the nearest."
     x, y = (((warp[..., k] + 1) / 2 * n).long().clamp(0, n - 1) for k, n in ((0, grid[1]), (1, grid[0])))
@@ -132,13 +132,13 @@ class Bank:
     def __len__(self) -> int:
         return len(self.classes)
 
-
+# %% ../../nbs/evaluation/47_matching.ipynb #c3994bdc
 def pair_images(pair: MatchPair, size: tuple[int, int]) -> Tensor:
     "Both pictures squeezed to `size` (H, W), normalised: (2, 3, H, W)."
     resized = [np.asarray(im if (im.height, im.width) == size else im.resize(size[::-1], Image.Resampling.BICUBIC)) for im in (pair.image_a, pair.image_b)]
     return normalise(torch.from_numpy(rearrange(np.stack(resized), "v h w c -> v c h w").copy()))
 
-
+# %% ../../nbs/evaluation/47_matching.ipynb #231c852b
 @torch.no_grad()
 def gather_pairs(encoder: nn.Module, pairs: Pairs, size: tuple[int, int], keys: Sequence[Key] = ((-1, True),), full: bool = True, batch_size: int = 8,
                  device: str | torch.device = "cpu", amp: bool = False, progress: bool = False) -> Bank:
@@ -148,7 +148,7 @@ def gather_pairs(encoder: nn.Module, pairs: Pairs, size: tuple[int, int], keys: 
     except ValueError as error:
         raise UserError(str(error)) from None
     device, found, truth, skipped = torch.device(device), {key: [] for key in keys}, [], []
-    for start in tqdm(range(0, len(pairs), batch_size), "features", disable=not progress, leave=False):
+    for start in tqdm(range(0, len(pairs), batch_size), "features", disable=None if progress else True, leave=False):
         images = []
         for i in range(start, min(start + batch_size, len(pairs))):
             try:
@@ -176,7 +176,7 @@ def gather_pairs(encoder: nn.Module, pairs: Pairs, size: tuple[int, int], keys: 
     return Bank({key: tuple(torch.cat(x, dim=1)) for key, x in found.items()}, *(torch.stack(x) for x in list(zip(*truth))[:2]), grid, size,
                 *(torch.stack(x) for x in list(zip(*truth))[2:]), skipped=tuple(skipped))
 
-# %% ../../nbs/evaluation/47_matching.ipynb #bd5c857b
+# %% ../../nbs/evaluation/47_matching.ipynb #c15b88ab
 class Heads(nn.Module):
     "`count` square linear maps with bias, all equal at first: (b, n, c) -> (count, b, n, c). `start`: PyTorch's random initialisation of a seed, or the identity."
 
@@ -197,7 +197,7 @@ def match_loss(logp: Tensor, classes: Tensor, valid: Tensor) -> Tensor:
     chosen = logp.gather(2, classes[None, :, None].expand(len(logp), -1, -1, -1))[:, :, 0]
     return -(chosen * valid).sum((1, 2)) / valid.sum().clamp(min=1)
 
-
+# %% ../../nbs/evaluation/47_matching.ipynb #01aafda3
 class HeadsAdamW:
     "AdamW (betas .9, .999) with a learning rate and a weight decay for each head, (h,) each; no decay of biases. torch.optim.AdamW, head by head, gives the same."
 
@@ -216,7 +216,7 @@ class HeadsAdamW:
             p.mul_(1 - lr * decay).sub_(lr / (1 - .9 ** self.count) * first / ((second / (1 - .999 ** self.count)).sqrt() + 1e-8))
             p.grad = None
 
-# %% ../../nbs/evaluation/47_matching.ipynb #6928cea9
+# %% ../../nbs/evaluation/47_matching.ipynb #ade579ab
 @dataclass(frozen=True)
 class MatchConfig:
     """How matching is judged. `img_size` (H, W), None: the encoder's; `layers` blocks, () all of them; `norms` with and/or without the final norm; `probe` False: cosine only.
@@ -247,7 +247,7 @@ class MatchConfig:
         if not self.lrs or min(self.lrs) <= 0 or not self.weight_decays or min(self.weight_decays) < 0 or self.temperature <= 0 or not self.norms:
             raise UserError(f"lrs {self.lrs} and temperature {self.temperature} must be positive, weight_decays {self.weight_decays} not negative, norms {self.norms} not empty")
 
-# %% ../../nbs/evaluation/47_matching.ipynb #3b952212
+# %% ../../nbs/evaluation/47_matching.ipynb #3ce029c4
 @torch.no_grad()
 def measure(bank: Bank, key: Key, heads: Heads | None = None, config: MatchConfig = MatchConfig(), device: str | torch.device = "cpu") -> Tensor:
     "Statistics (h, P, 8) of every head on a bank; heads None: of the features themselves, (1, P, 8)."
@@ -260,7 +260,7 @@ def measure(bank: Bank, key: Key, heads: Heads | None = None, config: MatchConfi
         found.append(torch.stack([pair_statistics(full_warp(kernel_warp(log_probs(*pair, config.temperature), bank.grid), bank.grid, bank.size), warp, seen) for pair in pairs]))
     return torch.cat(found, dim=1)
 
-
+# %% ../../nbs/evaluation/47_matching.ipynb #421cd73b
 @dataclass(frozen=True, eq=False)
 class Trained:
     "The best head: `heads` (one), its `lr` and `weight_decay`, the `step` at which it was best, its `epe` on the set that chose it; `losses` (looks, h) mean since the look before."
@@ -279,7 +279,7 @@ def train_heads(bank: Bank, chooser: Bank, key: Key, config: MatchConfig = Match
     rule, order = HeadsAdamW(heads, *(torch.tensor(x, device=device) for x in zip(*settings))), torch.Generator().manual_seed(config.seed)
     looks = {round(config.steps * (k + 1) / config.looks) for k in range(config.looks)} - {0}
     best, losses, running = (float("inf"), 0, 0, None), [], []
-    for step in tqdm(range(config.steps), f"matching probe, block {key[0]}", disable=not progress, leave=False):
+    for step in tqdm(range(config.steps), f"matching probe, block {key[0]}", disable=None if progress else True, leave=False):
         rows = torch.randint(len(bank), (config.batch_size,), generator=order)
         x, y, classes, valid = (t[rows].to(device) for t in (*bank.features[key], bank.classes, bank.valid))
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.amp):
@@ -300,7 +300,7 @@ def train_heads(bank: Bank, chooser: Bank, key: Key, config: MatchConfig = Match
     chosen.weight.data, chosen.bias.data = best[3]
     return Trained(chosen.requires_grad_(False), *settings[best[2]], best[1], best[0], torch.stack(losses))
 
-# %% ../../nbs/evaluation/47_matching.ipynb #475eeab9
+# %% ../../nbs/evaluation/47_matching.ipynb #afc22910
 @dataclass(frozen=True)
 class MatchRow:
     "One line: EPE in pixels of the input and robustness in 0..1, both with 95 % intervals over pairs, `pck` {pixels: share}; `matcher` linear, cosine, or stay; what the probe chose."
@@ -331,7 +331,7 @@ class MatchResult:
     def best(self) -> MatchRow:
         return min(self.rows, key=lambda row: row.epe)
 
-
+# %% ../../nbs/evaluation/47_matching.ipynb #b1c8e45f
 def match_row(statistics: Tensor, encoder: str, key: tuple[int | None, bool | None], matcher: Literal["linear", "cosine", "stay"], config: MatchConfig, skipped: int = 0,
               trained: Trained | None = None) -> MatchRow:
     "A row from the statistics (P, 8) of the test pairs."
@@ -340,7 +340,7 @@ def match_row(statistics: Tensor, encoder: str, key: tuple[int | None, bool | No
     return MatchRow(encoder, *key, matcher, means[0], (low[0], high[0]), means[1], (low[1], high[1]), dict(zip(THRESHOLDS[1:], means[2:])), len(statistics),
                     *((trained.lr, trained.weight_decay, trained.step) if trained else (None, None, None)), skipped)
 
-
+# %% ../../nbs/evaluation/47_matching.ipynb #48bd7776
 def match(encoder: nn.Module, train_pairs: Pairs | None, val_pairs: Pairs | None, test_pairs: Pairs, config: MatchConfig = MatchConfig(), device: str | torch.device = "cpu",
           progress: bool = False, name: str = "encoder") -> MatchResult:
     """EPE, robustness and PCK of a frozen encoder: for each layer, with and/or without norm, a row by cosine, and one by the probe if config.probe.
@@ -371,7 +371,7 @@ def match(encoder: nn.Module, train_pairs: Pairs | None, val_pairs: Pairs | None
     return MatchResult(tuple(rows), tuple(heads), {"img_size": size, "patch_size": encoder_patch_size(encoder), "train_pairs": len(train or ()), "chosen_by": config.select if config.probe else None,
                                                    "chooser_pairs": len(chooser) if config.probe else 0})
 
-
+# %% ../../nbs/evaluation/47_matching.ipynb #7e85118c
 def format_table(rows: Sequence[MatchRow]) -> str:
     "Rows as a plain text table: EPE in pixels with its 95 % interval, shares in percent; `dataclasses.asdict` makes JSON of the same rows."
     cells = [("encoder", "block", "norm", "matcher", "EPE", "95 % interval", "<32 px", *(f"<{t}" for t in THRESHOLDS[1:]), "pairs", "lr", "decay", "step")]
@@ -381,7 +381,7 @@ def format_table(rows: Sequence[MatchRow]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip() for line in cells)
 
-# %% ../../nbs/evaluation/47_matching.ipynb #abbbbe8f
+# %% ../../nbs/evaluation/47_matching.ipynb #71e12095
 def stay_row(test_pairs: Pairs, size: tuple[int, int], config: MatchConfig = MatchConfig()) -> MatchRow:
     "The row of a matcher that leaves every pixel where it is."
     stay, found, skipped = torch.from_numpy(cell_centres(size))[None], [], 0
@@ -407,7 +407,7 @@ def compare(encoder: nn.Module, splits: PairSplits, untrained: Callable[[], nn.M
     rows, heads = (sum((getattr(r, what) for r in (first, *others)), ()) for what in ("rows", "trained"))
     return MatchResult((*rows, stay_row(splits.test, size, config)), (*heads, None), first.settings)
 
-# %% ../../nbs/evaluation/47_matching.ipynb #1a173a2e
+# %% ../../nbs/evaluation/47_matching.ipynb #53c6e5fa
 @torch.no_grad()
 def find_matches(encoder: nn.Module, pair: MatchPair, size: tuple[int, int], key: Key = (-1, True), heads: Heads | None = None, config: MatchConfig = MatchConfig(),
                  device: str | torch.device = "cpu") -> Tensor:

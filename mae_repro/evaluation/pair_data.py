@@ -8,7 +8,7 @@ __all__ = ['log', 'MEGADEPTH_TEST', 'Pairs', 'LAYOUTS', 'cell_centres', 'sample'
            'posed_splits', 'ScanNetScenes', 'scannet_splits', 'MegaDepthScenes', 'megadepth_splits', 'read_pfm',
            'StereoPairs', 'open_pairs']
 
-# %% ../../nbs/evaluation/44_pair_data.ipynb #d3ff8a97
+# %% ../../nbs/evaluation/44_pair_data.ipynb #7898b244
 import logging
 import re
 from collections import OrderedDict
@@ -24,15 +24,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-# %% ../../nbs/evaluation/44_pair_data.ipynb #d60146af
+# %% ../../nbs/evaluation/44_pair_data.ipynb #9805c82d
 from ..parts.weights import UserError
 from ..views.photos import BrokenImage, is_picture, load_image
 from ..views.posed import PosedFrame, PosedScenes, RenderedScenes, SceneFolders, project
 
-# %% ../../nbs/evaluation/44_pair_data.ipynb #ed8bd49f
+# %% ../../nbs/evaluation/44_pair_data.ipynb #0fccf86b
 log = logging.getLogger(__name__)
 
-# %% ../../nbs/evaluation/44_pair_data.ipynb #539bf974
+# %% ../../nbs/evaluation/44_pair_data.ipynb #77fc0662
 def cell_centres(size: tuple[int, int]) -> np.ndarray:
     "Centres x, y in -1..1 of the cells of a grid `size` (h, w) over a whole picture: (h, w, 2) float64."
     y, x = ((2 * np.arange(n) + 1) / n - 1 for n in size)
@@ -44,7 +44,7 @@ def sample(values: np.ndarray, places: np.ndarray) -> np.ndarray:
     values, places = torch.from_numpy(np.ascontiguousarray(values, float)), torch.from_numpy(places)
     return F.grid_sample(values[None, None], places[None], mode="bilinear", align_corners=False)[0, 0].numpy()
 
-# %% ../../nbs/evaluation/44_pair_data.ipynb #5d8270e0
+# %% ../../nbs/evaluation/44_pair_data.ipynb #37f94b4f
 def depth_warp(a: PosedFrame, b: PosedFrame, size: tuple[int, int], tolerance: float = .05) -> tuple[np.ndarray, np.ndarray]:
     """Where the cells of a grid `size` (h, w) over a are in b: (h, w, 2) float64 in -1..1, and whether it is known and seen there, bool (h, w).
 
@@ -61,7 +61,7 @@ def depth_warp(a: PosedFrame, b: PosedFrame, size: tuple[int, int], tolerance: f
         valid = (depth != 0) & (xy > 0).all(-1) & (xy < [w - 1, h - 1]).all(-1) & (np.abs(there - z) < tolerance * there)
     return warp, valid
 
-# %% ../../nbs/evaluation/44_pair_data.ipynb #e17a36b8
+# %% ../../nbs/evaluation/44_pair_data.ipynb #a5524ab7
 def seen_in_right(disparity: np.ndarray) -> np.ndarray:
     "Which pixels of the left picture the right one sees: bool (H, W) of a disparity (H, W); False where it is not finite, leaves the picture, or lies more than a pixel behind another."
     H, W = disparity.shape
@@ -85,7 +85,7 @@ def disparity_warp(disparity: np.ndarray, size: tuple[int, int]) -> tuple[np.nda
     warp[..., 0] -= 2 * shift / W
     return warp, valid & (np.abs(warp) < 1).all(-1)
 
-# %% ../../nbs/evaluation/44_pair_data.ipynb #899a7aab
+# %% ../../nbs/evaluation/44_pair_data.ipynb #ccf72e63
 @dataclass(frozen=True, eq=False)
 class MatchPair:
     "Two RGB pictures, and `truth((h, w))`: the warp (h, w, 2) float64 from a to b in -1..1 and its validity (h, w), as `depth_warp`."
@@ -113,7 +113,7 @@ def flip(frame: PosedFrame) -> PosedFrame:
     mirror = np.array([[-1., 0, frame.image.width - 1], [0, 1, 0], [0, 0, 1]])
     return replace(frame, image=ImageOps.mirror(frame.image), K=mirror @ frame.K, depth=None if frame.depth is None else frame.depth[:, ::-1], mask=None)
 
-
+# %% ../../nbs/evaluation/44_pair_data.ipynb #c08dfc44
 class PosedPairs:
     """Pairs of frames of scenes: `index` holds (scene, frame a, frame b). pairs[i] raises BrokenImage.
 
@@ -146,7 +146,7 @@ class PosedPairs:
         top, left = (int(rng.integers(n - m + 1)) for n, m in zip(frame.size, size))
         return cut(frame, left, top, size)
 
-# %% ../../nbs/evaluation/44_pair_data.ipynb #a10f2527
+# %% ../../nbs/evaluation/44_pair_data.ipynb #c01d8fec
 def covisibility(pair: MatchPair, cells: int = 24) -> float:
     "Share of the cells of a grid over a that have a match in b, 0..1."
     return float(pair.truth((cells, cells))[1].mean())
@@ -174,7 +174,7 @@ def choose_pairs(scenes: PosedScenes, which: Sequence[int], num: int, span: tupl
         found += mine
     return [found[k] for k in sorted(rng.permutation(len(found))[:num])]
 
-
+# %% ../../nbs/evaluation/44_pair_data.ipynb #1cbee5b0
 def split_scenes(count: int, rng: np.random.Generator) -> tuple[list[int], list[int], list[int]]:
     "Numbers 0..count-1 for training, validation and test: about 70, 10 and 20 %, at least one each. ValueError below 3."
     if count < 3:
@@ -192,25 +192,28 @@ class PairSplits:
     test: "Pairs"
     by: Literal["scene", "pair", "list"]
 
+# %% ../../nbs/evaluation/44_pair_data.ipynb #2ce0412b
+def posed_splits(scenes: PosedScenes, num: tuple[int, int, int] = (400, 80, 120), span: tuple[float, float] = (.2, .9), seed: int = 0, everything: bool = False,
+                 among: Sequence[int] | None = None) -> PairSplits:
+    """Pairs of any posed scenes (`among`: of these): `num` for training, validation and test. By scene, or by pair (logged) if there are fewer than three.
 
-def posed_splits(scenes: PosedScenes, num: tuple[int, int, int] = (400, 80, 120), span: tuple[float, float] = (.2, .9), seed: int = 0) -> PairSplits:
-    """Pairs of any posed scenes: `num` for training, validation and test; only a test is made of all scenes.
-
-    By scene, or by pair (logged) if there are fewer than three. UserError: no pair in the range."""
-    rng, alone = np.random.default_rng(seed), num[0] == num[1] == 0
-    if len(scenes) >= 3 or alone:
-        parts = [choose_pairs(scenes, which, n, span, rng) for which, n in zip(([], [], range(len(scenes))) if alone else split_scenes(len(scenes), rng), num)]
+    everything: all scenes are test. UserError: no pair in the range."""
+    among, rngs = range(len(scenes)) if among is None else among, [np.random.default_rng((seed, k)) for k in range(4)]
+    by_scene = everything or len(among) >= 3
+    if by_scene:
+        which = ([], [], range(len(among))) if everything else split_scenes(len(among), rngs[3])
+        parts = [choose_pairs(scenes, [among[i] for i in part], n, span, rng) for part, n, rng in zip(which, num, rngs)]
     else:
-        found = choose_pairs(scenes, range(len(scenes)), sum(num), span, rng)
-        found = [found[k] for k in rng.permutation(len(found))]
-        cuts = np.cumsum([round(len(found) * n / sum(num)) for n in num])[:2]
+        found = choose_pairs(scenes, among, sum(num), span, rngs[0])
+        found = [found[k] for k in rngs[3].permutation(len(found))]
+        cuts = np.cumsum([round(len(found) * n / max(1, sum(num))) for n in num])[:2]
         parts = [found[:cuts[0]], found[cuts[0]:cuts[1]], found[cuts[1]:]]
-        log.warning("%d scene(s): training, validation and test are divided by pair and share pictures", len(scenes))
+        log.warning("%d scene(s): training, validation and test are divided by pair and share pictures", len(among))
     if not any(parts):
         raise UserError(f"no two frames share {span[0]:.0%} to {span[1]:.0%} of what they see: widen the range, or check that the frames have depth")
-    return PairSplits(*(PosedPairs(scenes, part) for part in parts), "scene" if len(scenes) >= 3 or alone else "pair")
+    return PairSplits(*(PosedPairs(scenes, part) for part in parts), "scene" if by_scene else "pair")
 
-# %% ../../nbs/evaluation/44_pair_data.ipynb #044487f6
+# %% ../../nbs/evaluation/44_pair_data.ipynb #ec8e271d
 class ScanNetScenes:
     "Scans `<scene>/{color,depth,pose,intrinsic}` at or below `root` (three levels), frames by number. Depth in metres. UserError: none found, or a file that cannot be understood."
 
@@ -251,7 +254,7 @@ class ScanNetScenes:
         camera = np.linalg.inv(pose)
         return PosedFrame(self._colour(i, number).resize(depth.shape[::-1], Image.Resampling.BICUBIC), K, camera[:3, :3], camera[:3, 3], depth)
 
-
+# %% ../../nbs/evaluation/44_pair_data.ipynb #5bd60ec9
 def _matrix(path: Path) -> np.ndarray:
     "A 4 x 4 matrix of a text file; UserError."
     try:
@@ -259,7 +262,7 @@ def _matrix(path: Path) -> np.ndarray:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: is not a 4 x 4 matrix of numbers ({error})") from None
 
-
+# %% ../../nbs/evaluation/44_pair_data.ipynb #ddb1ae8e
 def scannet_splits(root: str | Path, num: tuple[int, int, int], span: tuple[float, float], seed: int, limit: int | None) -> PairSplits:
     "Test pairs as `test.npz` below root lists them (the first num[2]), training and validation from the scans it does not name; without a list as `posed_splits`. UserError."
     root, scenes = Path(root).expanduser(), ScanNetScenes(root, limit)
@@ -290,7 +293,7 @@ def _names(path: Path) -> list[tuple[int, int, int, int]]:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: `name` must be whole numbers (pairs, 4): scene, part, frame a, frame b ({error})") from None
 
-# %% ../../nbs/evaluation/44_pair_data.ipynb #f3864966
+# %% ../../nbs/evaluation/44_pair_data.ipynb #0aa58733
 MEGADEPTH_TEST = ("0015", "0022")
 
 
@@ -353,7 +356,7 @@ class MegaDepthScenes:
         shift = np.array([[1., 0, .5], [0, 1, .5], [0, 0, 1]])
         return PosedFrame(image, np.linalg.inv(shift) @ stretch @ shift @ model.K[row], model.R[row], model.t[row], depth)
 
-
+# %% ../../nbs/evaluation/44_pair_data.ipynb #a8e2ee71
 def _read_h5(path: Path) -> np.ndarray:
     "The `depth` (H, W) float32 of an .h5 file. UserError without h5py, BrokenImage."
     try:
@@ -398,7 +401,7 @@ def _overlapping(scenes: MegaDepthScenes, which: Sequence[int], num: int, least:
     counts = np.minimum(rng.multinomial(num, share / share.sum()), sizes.astype(int))
     return [(i, int(a), int(b)) for (i, found), n in zip(candidates, counts) for a, b in found[np.sort(rng.permutation(len(found))[:n])]]
 
-# %% ../../nbs/evaluation/44_pair_data.ipynb #1e5acf9f
+# %% ../../nbs/evaluation/44_pair_data.ipynb #fbeb8ab9
 def read_pfm(path: str | Path) -> np.ndarray:
     "A one-channel .pfm as float32 (H, W), top row first. UserError if it is not one."
     data = Path(path).read_bytes()
@@ -424,7 +427,7 @@ def _read_disparity(path: Path) -> np.ndarray:
         raise UserError(f"{path}: disparity has shape {found.shape}, not (H, W)")
     return np.where(found > 0, found, np.inf)
 
-
+# %% ../../nbs/evaluation/44_pair_data.ipynb #08fb71dd
 class StereoPairs:
     "Folders at or below `root` (two levels) with two pictures and a disparity map of the left one. UserError: none."
 
@@ -465,15 +468,15 @@ def _stereo_files(folder: Path) -> tuple[Path, Path, Path] | None:
             return a[0], b[0], maps[0]
     return (pictures[0], pictures[1], maps[0]) if len(pictures) == 2 else None
 
-# %% ../../nbs/evaluation/44_pair_data.ipynb #f20a2d66
+# %% ../../nbs/evaluation/44_pair_data.ipynb #c08b0abc
 Pairs = PosedPairs | StereoPairs
 LAYOUTS = ("scenes", "megadepth", "scannet", "stereo")
 
 
 def open_pairs(root: str | Path | None = None, layout: Literal["scenes", "megadepth", "scannet", "stereo"] = "scenes", num: tuple[int, int, int] = (400, 80, 120),
                span: tuple[float, float] = (.2, .9), seed: int = 0, limit: int | None = None, size: int | tuple[int, int] = 96, shake: tuple[float, float] = (0., 0.),
-               flips: bool = False) -> PairSplits:
-    """Pairs for training, validation and test, at most `num` each; a part that the data cannot fill is empty.
+               flips: bool = False, everything: bool = False) -> PairSplits:
+    """Pairs for training, validation and test, at most `num` each; a part that the data cannot fill is empty. everything: all of scenes or stereo is test.
 
     scenes: folders with a cameras.json; root None: `limit` (20) rendered still scenes of seed 1 and `size` pixels. span: covisibility before any shake (not of megadepth, stereo, and the list of scannet).
     shake: of training pairs, and of the others; flips: of training pairs (neither for stereo). Published: about .07 (32 of 448 pixels) and 0, flips. stereo: with fewer than three folders all are test.
@@ -484,27 +487,31 @@ def open_pairs(root: str | Path | None = None, layout: Literal["scenes", "megade
         raise UserError(f"covisibility {span} must be two rising numbers in 0..1, numbers of pairs {num} not negative, data.limit {limit} at least 1")
     if not 0 <= min(shake) <= max(shake) < .9:
         raise UserError(f"shake {shake} must be two shares in 0..0.9")
-    splits = _open(root, layout, num, span, seed, limit, size)
+    splits = _open(root, layout, num, span, seed, limit, size, everything)
     for pairs, amount in zip((splits.train, splits.val, splits.test), (shake[0], shake[1], shake[1])):
         if isinstance(pairs, PosedPairs):
             pairs.shake, pairs.flips, pairs.seed = amount, flips and pairs is splits.train, seed
     return splits
 
 
-def _open(root, layout: str, num, span, seed: int, limit: int | None, size) -> PairSplits:
+def _open(root, layout: str, num, span, seed: int, limit: int | None, size, everything: bool) -> PairSplits:
     "open_pairs without shake and flips."
     if root is None:
         if layout != "scenes":
             raise UserError(f"--layout {layout} needs --data.root DIR; only scenes can be rendered without one")
-        return posed_splits(RenderedScenes(limit or 20, size=size), num, span, seed)
+        return posed_splits(RenderedScenes(limit or 20, size=size), num, span, seed, everything)
     if not Path(root).expanduser().is_dir():
         raise UserError(f"{root}: no such folder")
     if layout == "scenes":
-        return posed_splits(SceneFolders(root, limit), num, span, seed)
+        scenes = SceneFolders(root, limit)
+        deep = [i for i, views in enumerate(scenes.views) if sum(bool(view.get("depth")) for view in views) > 1]
+        if not deep:
+            raise UserError(f"{root}: none of {len(scenes)} scenes has depth, which says what matches what; see data/README.md, rendered scenes")
+        return posed_splits(scenes, num, span, seed, everything, deep)
     if layout == "megadepth":
         return megadepth_splits(root, num, seed, limit)
     if layout == "scannet":
         return scannet_splits(root, num, span, seed, limit)
     pairs = StereoPairs(root, limit)
-    parts = split_scenes(len(pairs), np.random.default_rng(seed)) if len(pairs) >= 3 and num[0] + num[1] else ([], [], range(len(pairs)))
+    parts = split_scenes(len(pairs), np.random.default_rng(seed)) if len(pairs) >= 3 and not everything else ([], [], range(len(pairs)))
     return PairSplits(*(pairs.take(list(part)[:n]) for part, n in zip(parts, num)), "scene")

@@ -143,7 +143,7 @@ def _read_map(path: Path, image: Image.Image) -> np.ndarray:
 
 # %% ../../nbs/views/39_posed.ipynb #7169b249
 class RenderedScenes:
-    "`num` scenes rendered when they are asked for, the last few of them kept; arguments as `Scenes` of notebook 21."
+    "`num` scenes rendered when they are asked for, pictures and truth of the last 200 kept; arguments as `Scenes` of notebook 21."
 
     def __init__(self, num: int = 20, num_frames: int = 12, size: int | tuple[int, int] = 96, seed: int = 1, images: ImageSet | None = None, still: bool = True):
         if num < 1:
@@ -160,20 +160,24 @@ class RenderedScenes:
         return self.num_frames
 
     def scene(self, i: int) -> Scene:
-        "Scene i with the whole truth."
+        "Scene i with the whole truth, rendered now."
         if not 0 <= i < self.num:
             raise IndexError(f"scene {i} of {self.num}")
+        return render((self.seed, i), self.num_frames, self.size, images=self.images, still=self.still)
+
+    def truth(self, i: int) -> Scene:
+        "Scene i without its world, whose textures are larger than its pictures."
         if i not in self._kept:
-            self._kept[i] = render((self.seed, i), self.num_frames, self.size, images=self.images, still=self.still)
-            if len(self._kept) > 8:
+            self._kept[i] = replace(self.scene(i), world=None)
+            if len(self._kept) > 200:
                 self._kept.popitem(last=False)
         return self._kept[i]
 
     def frames(self, i: int, ids: list[int]) -> list[Image.Image]:
-        return [self.scene(i).frame(k) for k in ids]
+        return [self.truth(i).frame(k) for k in ids]
 
     def frame(self, i: int, k: int) -> PosedFrame:
-        scene = self.scene(i)
+        scene = self.truth(i)
         return PosedFrame(scene.frame(k), scene.K, scene.R[k], scene.t[k], scene.depth[k], scene.ids[k])
 
 

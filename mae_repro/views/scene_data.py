@@ -6,7 +6,7 @@
 __all__ = ['log', 'SCENE_LAYOUTS', 'FRAME_FOLDERS', 'LAYOUTS', 'TABLE_1', 'SceneLayout', 'ColmapModel', 'read_colmap', 'overlap',
            'Grouping', 'recognise', 'open_scenes']
 
-# %% ../../nbs/views/38_scene_data.ipynb #2284b829
+# %% ../../nbs/views/38_scene_data.ipynb #4fa5c9d0
 import csv
 import gzip
 import json
@@ -23,16 +23,16 @@ import numpy as np
 from scipy.sparse import csr_array
 from tqdm import tqdm
 
-# %% ../../nbs/views/38_scene_data.ipynb #774e9fb0
+# %% ../../nbs/views/38_scene_data.ipynb #bbac878b
 from ..parts.weights import UserError
 from .photos import SPLITS, is_picture, walk
 from .sequences import FrameLists, anchor_groups, chunks, frame_lists, overlap_chains, turning_chains
 from .videos import natural
 
-# %% ../../nbs/views/38_scene_data.ipynb #8818fedd
+# %% ../../nbs/views/38_scene_data.ipynb #bfca4da0
 log = logging.getLogger(__name__)
 
-# %% ../../nbs/views/38_scene_data.ipynb #cca274cb
+# %% ../../nbs/views/38_scene_data.ipynb #4897d522
 @dataclass(frozen=True)
 class SceneLayout:
     """How a data set of ordered frames lies on disk.
@@ -50,29 +50,29 @@ class SceneLayout:
     chunk: int | None = None
     paper_chunk: int | None = None
 
-# %% ../../nbs/views/38_scene_data.ipynb #5910f47f
+# %% ../../nbs/views/38_scene_data.ipynb #644687f6
 _HYPERSIM = ("metadata_images_split_scene_v1.csv", "evermotion_dataset/analysis/metadata_images_split_scene_v1.csv")
 SCENE_LAYOUTS = {
     "dl3dv": SceneLayout(("[0-9]*K/*",), ("images_8/frame_*", "nerfstudio/images_8/frame_*"),
-                         "folders of the release on Hugging Face, as several loaders read them; its own pages were not seen"),
+                         "not confirmed by its own pages: folders as loaders of others find them in the release on Hugging Face"),
     "realestate10k": SceneLayout(("{split}/" + "[0-9a-f]" * 16, "dataset/{split}/" + "[0-9a-f]" * 16), ("[0-9]*.[jp][pn]g",),
-                                 "the frames are fetched by each user; folders as cashiwamochi/RealEstate10K_Downloader writes them",
+                                 "no official one, since everybody fetches the frames: dataset/train/ID/TIMESTAMP.png is what cashiwamochi/RealEstate10K_Downloader writes",
                                  splits={"train": "train", "test": "test"}, paper_chunk=100),
-    "scannetpp": SceneLayout(("data/*",), ("dslr/resized_undistorted_images/*.JPG",), "README of scannetpp/scannetpp; undistorted by its toolbox", chunk=100,
+    "scannetpp": SceneLayout(("data/*",), ("dslr/resized_undistorted_images/*.JPG",), "not confirmed by its own pages, which need an account: folders and lists as loaders of others find them, frames as its toolbox undistorts them", chunk=100,
                              lists={"train": ("splits/nvs_sem_train.txt",), "val": ("splits/nvs_sem_val.txt",)}),
-    "blendedmvs": SceneLayout(("*",), ("blended_images/[0-9]*.jpg",), "README of YoYo000/BlendedMVS, and its project_lists", exclude="*_masked.jpg", paper_chunk=100,
+    "blendedmvs": SceneLayout(("*",), ("blended_images/[0-9]*.jpg",), "README of YoYo000/BlendedMVS; names of the lists as others quote them", exclude="*_masked.jpg", paper_chunk=100,
                               lists={"train": ("BlendedMVS_training.txt",), "val": ("validation_list.txt",)}),
     "arkitscenes": SceneLayout(("{split}/*", "raw/{split}/*", "3dod/{split}/*"), ("lowres_wide/*.png", "*_frames/lowres_wide/*.png"),
-                               "download_data.py of apple/ARKitScenes, raw or 3dod", splits={"train": "Training", "val": "Validation"}, chunk=75),
+                               "DATA.md of apple/ARKitScenes; folders below a scene, of raw and 3dod, as others quote them", splits={"train": "Training", "val": "Validation"}, chunk=75),
     "hypersim": SceneLayout(("ai_*", "ai_*/ai_*", "evermotion_dataset/scenes/ai_*"), ("images/scene_cam_00_final_preview/frame.*.color.jpg",),
-                            "README of apple/ml-hypersim; the first camera only, as in MuM's code",
+                            "README of apple/ml-hypersim, which advises to tonemap the HDR images instead; the first camera and its previews, as in MuM's code",
                             lists={split: _HYPERSIM for split in ("train", "val", "test")}, columns=("scene_name", "split_partition_name")),
     "wildrgbd": SceneLayout(("*/scenes/scene*",), ("rgb/*.png",), "README of wildrgbd/wildrgbd"),
     "streetview": SceneLayout(("[0-9]*", "*/[0-9]*"), ("[0-9]*_[0-9]*_[0-9]*_[0-9]*.jpg",),
                               "README of amir32002/3D_Street_View, one folder for each tar file; that chunks follow the order of names is our reading of MuM's code", chunk=24),
 }
 
-# %% ../../nbs/views/38_scene_data.ipynb #b7c956b8
+# %% ../../nbs/views/38_scene_data.ipynb #b7838894
 def _names(folder: str, pattern: str, folders: bool) -> list[str]:
     "Names of the folders (or files) right in a folder that fit a pattern, in natural order; none hidden, none if there is no such folder."
     if not os.path.isdir(folder):
@@ -101,7 +101,7 @@ def _frames(root: str, scene: str, layout: SceneLayout) -> tuple[str, list[str]]
                 return place, files
     return scene, []
 
-# %% ../../nbs/views/38_scene_data.ipynb #3cd702c2
+# %% ../../nbs/views/38_scene_data.ipynb #11f6bd28
 _OR = {"train": ("train",), "val": ("val", "test"), "test": ("test", "val")}  # val and test stand for each other
 
 
@@ -133,7 +133,7 @@ def _pattern_scenes(root: str, layout: SceneLayout, split: str) -> list[str]:
             return found if listed is None else [scene for scene in found if os.path.basename(scene) in listed]
     return []
 
-# %% ../../nbs/views/38_scene_data.ipynb #3d24db0b
+# %% ../../nbs/views/38_scene_data.ipynb #84b1c80f
 FRAME_FOLDERS = ("images", "rgb", "color", "JPEGImages")
 
 
@@ -155,7 +155,7 @@ def _picture_folders(root: str, split: str) -> list[str]:
 
     return sorted((folder for folder, names in levels.items() if is_scene(names)), key=natural)
 
-# %% ../../nbs/views/38_scene_data.ipynb #429fc729
+# %% ../../nbs/views/38_scene_data.ipynb #56ddc816
 @dataclass(frozen=True, eq=False)
 class ColmapModel:
     """A reconstruction by structure from motion: N registered images by increasing id, P points.
@@ -181,62 +181,74 @@ def _pycolmap():
         raise UserError("reading COLMAP models needs pycolmap: pip install pycolmap") from error
     return pycolmap
 
-# %% ../../nbs/views/38_scene_data.ipynb #cee9b08c
+# %% ../../nbs/views/38_scene_data.ipynb #99447e1d
 def read_colmap(folder: str | Path) -> ColmapModel:
-    """The COLMAP model in a folder: cameras, images and points3D, all .bin or all .txt. UserError: not there, unreadable, no registered image, or no pycolmap.
+    """The COLMAP model in a folder: cameras, images and points3D, all .bin or all .txt. UserError: not there, damaged, empty, or no pycolmap.
 
     COLMAP counts pixels from the corner of the picture, so that the first centre is at .5: half a pixel is taken off the principal point."""
-    found = [end for end in (".bin", ".txt") if all((Path(folder) / f"{name}{end}").is_file() for name in ("cameras", "images", "points3D"))]
-    if not found:
+    end = next((end for end in (".bin", ".txt") if all(os.path.isfile(os.path.join(folder, name + end)) for name in ("cameras", "images", "points3D"))), None)
+    if end is None:
         raise UserError(f"{folder} holds no COLMAP model: cameras, images and points3D, all .bin or all .txt, are looked for")
-    if found[0] == ".bin" and (cut := [name for name in ("images", "points3D") if _cut_off(Path(folder) / f"{name}.bin", name)]):
-        raise UserError(f"{folder}: {cut[0]}.bin is damaged or cut off. Fetch it again")
+    if end == ".bin":
+        _check_images(os.path.join(folder, "images.bin"))
+    image, column, num_points = _tracks(os.path.join(folder, "points3D" + end))
     try:
-        model = _pycolmap().Reconstruction(str(folder))
-        images = [model.images[i] for i in sorted(model.images) if model.images[i].has_pose]
-        cameras = [model.cameras[image.camera_id] for image in images]
-        poses = [pose() if callable(pose := image.cam_from_world) else pose for image in images]  # a method since 3.12
+        model = _pycolmap().Reconstruction(str(folder))  # which also checks that images and points fit each other
+        ids = sorted(model.images)
+        cameras = [model.cameras[model.images[i].camera_id] for i in ids]
+        poses = [pose() if callable(pose := model.images[i].cam_from_world) else pose for i in ids]  # a method since 3.12
         calibrations = [camera.calibration_matrix() for camera in cameras]
     except UserError:
         raise
     except Exception as error:  # its C++ raises nearly anything
         raise UserError(f"{folder}: no COLMAP model that can be read ({(str(error) or type(error).__name__)[:80]!r}). Fetch it again") from error
-    if not images:
-        raise UserError(f"{folder}: no image of this COLMAP model has a pose")
-    return ColmapModel(tuple(image.name for image in images), np.array([(c.height, c.width) for c in cameras]), np.array(calibrations) - [[0, 0, .5], [0, 0, .5], [0, 0, 0]],
-                       np.array([p.rotation.matrix() for p in poses]), np.array([p.translation for p in poses]), _seen(model, [image.image_id for image in images]),
-                       np.array([c.model_name not in ("PINHOLE", "SIMPLE_PINHOLE") for c in cameras]))
+    if end == ".bin" and os.path.getsize(os.path.join(folder, "cameras.bin")) != 8 + sum(24 + 8 * len(camera.params) for camera in model.cameras.values()):
+        raise UserError(f"{folder}/cameras.bin is damaged or cut off. Fetch it again")
+    if not ids:
+        raise UserError(f"{folder}: this COLMAP model has no images")
+    points = csr_array((np.ones(len(image), bool), (np.searchsorted(ids, image), column)), shape=(len(ids), num_points))  # a point that an image sees twice counts once
+    return ColmapModel(tuple(model.images[i].name for i in ids), np.array([(c.height, c.width) for c in cameras]), np.array(calibrations) - [[0, 0, .5], [0, 0, .5], [0, 0, 0]],
+                       np.array([p.rotation.matrix() for p in poses]), np.array([p.translation for p in poses]), points, np.array([c.model_name not in ("PINHOLE", "SIMPLE_PINHOLE") for c in cameras]))
 
-
-def _cut_off(path: Path, kind: str) -> bool:
-    "Does a binary file of images or points3D not end where its counts say? COLMAP itself would read on, for minutes, and ask for all the memory there is."
-    data, at = path.read_bytes(), 8
+# %% ../../nbs/views/38_scene_data.ipynb #0777bc44
+def _check_images(path: str):
+    "UserError if images.bin does not end where its counts say."
+    data, at = Path(path).read_bytes(), 8
     try:
         for _ in range(*struct.unpack_from("<Q", data)):
-            if kind == "points3D":  # id, position, colour, error, length of its track, and that many pairs of numbers
-                at += 51 + 8 * struct.unpack_from("<Q", data, at + 43)[0]
-            else:  # id, pose, camera, name, number of points, and x, y and id of each
-                at = data.index(b"\0", at + 64) + 1
-                at += 8 + 24 * struct.unpack_from("<Q", data, at)[0]
+            at = data.index(b"\0", at + 64) + 1  # id, pose, camera, then the name
+            at += 8 + 24 * struct.unpack_from("<Q", data, at)[0]  # x, y and point of each feature
+        if at == len(data):
+            return
     except (struct.error, ValueError):
-        return True
-    return at != len(data)
+        pass
+    raise UserError(f"{path} is damaged or cut off. Fetch it again")
 
 
-def _seen(model, ids: list[int]) -> csr_array:
-    "Which points (columns) each image (rows) sees, bool; a point that an image sees twice counts once."
-    row = {image: i for i, image in enumerate(ids)}
-    pairs = [(row[e.image_id], column) for column, number in enumerate(sorted(model.points3D)) for e in model.points3D[number].track.elements if e.image_id in row]
-    rows, columns = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
-    return csr_array((np.ones(len(rows), bool), (rows, columns)), shape=(len(ids), len(model.points3D)))
+def _tracks(path: str) -> tuple[np.ndarray, np.ndarray, int]:
+    "Which images see which points, from points3D: image id and number of the point, of each observation, and how many points there are. UserError if it is damaged or cut off."
+    seen, data, at = [], Path(path).read_bytes(), 8
+    try:
+        if path.endswith(".bin"):
+            for _ in range(*struct.unpack_from("<Q", data)):
+                length, = struct.unpack_from("<Q", data, at + 43)  # after id, position, colour and error
+                seen.append(np.frombuffer(data, "<u4", 2 * length, at + 51)[::2])
+                at += 51 + 8 * length
+            if at != len(data):
+                raise ValueError
+        else:
+            seen = [np.array(line.split()[8::2], dtype=np.int64) for line in data.splitlines() if line.strip() and line[:1] != b"#"]
+    except (struct.error, ValueError):
+        raise UserError(f"{path} is damaged or cut off. Fetch it again") from None
+    return np.concatenate([[], *seen]).astype(np.int64), np.repeat(np.arange(len(seen)), [len(images) for images in seen]), len(seen)
 
-
+# %% ../../nbs/views/38_scene_data.ipynb #95a078c8
 def overlap(model: ColmapModel) -> np.ndarray:
     "Share of the points of image i that image j sees too, float64 (N, N): not symmetric, 0 where image i sees none, 1 on the diagonal else."
     points = model.points.astype(np.int32)
     return (points @ points.T).toarray() / np.maximum(points.sum(1), 1)[:, None]
 
-# %% ../../nbs/views/38_scene_data.ipynb #760fa18c
+# %% ../../nbs/views/38_scene_data.ipynb #96d92f68
 def _on_disk(model: ColmapModel, root: str, folder: str) -> tuple[list[int], list[str]]:
     "Which images of a model there are below a folder, and their names there."
     there = {name for _, files in walk(os.path.join(root, folder)) for name in files} if os.path.isdir(os.path.join(root, folder)) else set()
@@ -275,7 +287,7 @@ def _megascenes(root: str, split: str) -> list[tuple[str, str]]:
 def _has_model(folder: str) -> bool:
     return any(os.path.isfile(os.path.join(folder, "images" + end)) for end in (".bin", ".txt"))
 
-# %% ../../nbs/views/38_scene_data.ipynb #48f7a754
+# %% ../../nbs/views/38_scene_data.ipynb #c8b9cdd2
 @dataclass(frozen=True)
 class Grouping:
     "How unordered pictures become sequences. `as_paper`: chains; else as MuM's code. MegaDepth: `tries` sequences a scene, of `size` images (chains: at most), drawn with `seed`."
@@ -308,7 +320,7 @@ def _reconstructed(root: str, places: list[tuple[str, str]], grouped: Grouping, 
         else:
             yield images, names, None
 
-# %% ../../nbs/views/38_scene_data.ipynb #6961156a
+# %% ../../nbs/views/38_scene_data.ipynb #713d8dc1
 def _json(path: str) -> dict | list:
     "What is in a JSON file, gzipped or not. UserError."
     try:
@@ -346,7 +358,7 @@ def _co3d(root: str, paths: list[str], split: str) -> Iterator[tuple[str, list[s
         for folder, files in scenes:
             yield folder, [os.path.relpath(file, folder) if folder else file for file in files], None
 
-# %% ../../nbs/views/38_scene_data.ipynb #8d759cbf
+# %% ../../nbs/views/38_scene_data.ipynb #5560298a
 def recognise(root: str) -> str:
     "The layout of a folder: the first whose frames, reconstructions or annotations are found there, among the first 20 folders of each level; else `frames`."
     for name, layout in SCENE_LAYOUTS.items():
@@ -365,7 +377,7 @@ LAYOUTS = (*SCENE_LAYOUTS, "megadepth", "megascenes", "co3d", "frames")
 # MuM's mixture, Table 1 of the paper, in percent; the 10 that are missing are single images of ImageNet.
 TABLE_1 = {"streetview": 10, "wildrgbd": 10, "dl3dv": 10, "realestate10k": 10, "megascenes": 10, "scannetpp": 10, "megadepth": 10, "co3d": 5, "blendedmvs": 5, "arkitscenes": 5, "hypersim": 5}
 
-# %% ../../nbs/views/38_scene_data.ipynb #86d38659
+# %% ../../nbs/views/38_scene_data.ipynb #573ae3b6
 def _ordered(scenes: Iterator, chunk: int | None) -> Iterator[tuple[str, list[str], list[np.ndarray] | None]]:
     "Scenes of ordered frames, cut into chunks."
     for folder, files, _ in scenes:
@@ -388,7 +400,7 @@ def _scenes(root: str, layout: str, split: str, chunk: int | None, grouped: Grou
     own = grouped.as_paper and declared.paper_chunk or declared.chunk
     return _ordered(((*_frames(root, scene, declared), None) for scene in bar(_pattern_scenes(root, declared, split))), own if chunk is None else chunk)
 
-# %% ../../nbs/views/38_scene_data.ipynb #ef095d82
+# %% ../../nbs/views/38_scene_data.ipynb #ff2cb10e
 def open_scenes(root: str | Path, layout: str = "auto", limit: int | None = None, split: str = "train", min_frames: int = 24, chunk: int | None = None, as_paper: bool = False,
                 group_size: int = 256, tries: int = 1000, seed: int = 0) -> FrameLists:
     """The sequences of frames below a folder.
@@ -413,7 +425,7 @@ def open_scenes(root: str | Path, layout: str = "auto", limit: int | None = None
         raise UserError(f"no sequence of {min_frames} frames in {root}, read as {layout}: the longest of {found.left_out} has {longest}. Lower min_frames, or give other data")
     return found if limit is None or limit >= len(found) else found.take(np.arange(limit) * len(found) // limit)
 
-# %% ../../nbs/views/38_scene_data.ipynb #160d48c7
+# %% ../../nbs/views/38_scene_data.ipynb #12f85e51
 def _check(root: str, layout: str, limit: int | None, split: str, min_frames: int, chunk: int | None, group_size: int, tries: int):
     if not os.path.isdir(root):
         raise UserError(f"{root} is {'a file, not a folder' if os.path.exists(root) else 'missing'}: give the folder that holds the scenes (--data.root DIR)")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'chunks', 'anchor_group', 'anchor_groups', 'overlap_chains', 'turning_chains', 'FrameLists', 'frame_lists']
 
-# %% ../../nbs/views/37_sequences.ipynb #c3b5b577
+# %% ../../nbs/views/37_sequences.ipynb #28ab83db
 import logging
 import os
 from array import array
@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-# %% ../../nbs/views/37_sequences.ipynb #2ea2055e
+# %% ../../nbs/views/37_sequences.ipynb #1c2af3e6
 from .photos import load_image
 from .videos import Listed
 
-# %% ../../nbs/views/37_sequences.ipynb #3eca02e5
+# %% ../../nbs/views/37_sequences.ipynb #f9906bb4
 log = logging.getLogger(__name__)
 
-# %% ../../nbs/views/37_sequences.ipynb #ee675a89
+# %% ../../nbs/views/37_sequences.ipynb #5fac7949
 def chunks(n: int, k: int | None = None) -> list[np.ndarray]:
     """Frame numbers 0 ... n - 1 in runs of k, of which the last takes the rest, k + 1 to 2k frames; all in one run if n <= 2k, or k is None. ValueError: k < 1.
 
@@ -32,7 +32,7 @@ def chunks(n: int, k: int | None = None) -> list[np.ndarray]:
     full = 1 if k is None else max((n - 1) // k, 1)
     return np.split(np.arange(n), [k * i for i in range(1, full)])
 
-# %% ../../nbs/views/37_sequences.ipynb #67f4b971
+# %% ../../nbs/views/37_sequences.ipynb #098c769c
 def anchor_group(overlap: np.ndarray, anchor: int, neighbours: int = 255) -> np.ndarray | None:
     "The anchor and the `neighbours` images that it overlaps with most, best first, ties by number; None if fewer have an overlap (N, N) >= 0: zero counts, as in MuM's code, -1 is unknown."
     order = np.argsort(-overlap[anchor], kind="stable")
@@ -46,7 +46,7 @@ def anchor_groups(overlap: np.ndarray, neighbours: int = 255, tries: int = 1000,
     groups = {anchor: anchor_group(overlap, anchor, neighbours) for anchor in np.unique(anchors).tolist()}
     return [groups[anchor] for anchor in anchors.tolist() if groups[anchor] is not None]
 
-# %% ../../nbs/views/37_sequences.ipynb #dd4c400f
+# %% ../../nbs/views/37_sequences.ipynb #081076d3
 def _chain(start: int, score: np.ndarray, free: np.ndarray, longest: int | None = None) -> list[int]:
     "From image to image, always to the free one of the highest `score` (N, N); -inf forbids a step."
     chain, free = [start], free.copy()
@@ -60,13 +60,13 @@ def _chain(start: int, score: np.ndarray, free: np.ndarray, longest: int | None 
 
 
 def overlap_chains(overlap: np.ndarray, num: int = 1000, longest: int | None = None, seed: int | tuple[int, ...] = 0) -> list[np.ndarray]:
-    "`num` chains from images drawn with replacement, each step to the image of highest positive overlap (N, N) that is not in the chain. MuM's paper for MegaDepth; its length is not stated: `longest` None, to the end."
+    "`num` chains from images drawn with replacement, each step to the free image of highest positive overlap (N, N), up to `longest` images (None: to the end). MuM's paper for MegaDepth, which states no length."
     score, free = np.where(overlap > 0, overlap, -np.inf), np.ones(len(overlap), bool)
     starts = np.random.default_rng(seed).integers(len(overlap), size=num).tolist()
     chains = {start: np.array(_chain(start, score, free, longest)) for start in sorted(set(starts))}
     return [chains[start] for start in starts]
 
-# %% ../../nbs/views/37_sequences.ipynb #22c3cf1d
+# %% ../../nbs/views/37_sequences.ipynb #95ca6493
 def turning_chains(overlap: np.ndarray, seen: np.ndarray, R: np.ndarray, min_overlap: float = .1, min_degrees: float = 10., min_frames: int = 24) -> list[np.ndarray]:
     """Chains of images that overlap (N, N) by `min_overlap` and whose cameras R (N, 3, 3) turn by `min_degrees` from one to the next, each to the best overlap * 4 cos (1 - cos).
 
@@ -81,7 +81,7 @@ def turning_chains(overlap: np.ndarray, seen: np.ndarray, R: np.ndarray, min_ove
             found.append(np.array(chain))
     return found
 
-# %% ../../nbs/views/37_sequences.ipynb #47dc71d6
+# %% ../../nbs/views/37_sequences.ipynb #38cc326a
 @dataclass(frozen=True, eq=False)
 class FrameLists(Listed):
     """Sequences (n) that are lists of picture files, ordered or not. Read with load_image: whatever cannot be read raises BrokenImage.
@@ -124,7 +124,7 @@ class FrameLists(Listed):
             log.info("%d of %d sequences in %s have fewer than %d frames and are left out", short, len(self), self.root, min_frames)
         return replace(self.take(kept), left_out=self.left_out + short)
 
-# %% ../../nbs/views/37_sequences.ipynb #5efe0d90
+# %% ../../nbs/views/37_sequences.ipynb #607a5488
 def frame_lists(root: str, scenes: Iterable[tuple[str, list[str], list[np.ndarray] | None]]) -> FrameLists:
     """A FrameLists from (folder below root, file names below that folder, groups): each group is one sequence, an array of positions in the file names; None: one sequence of all.
 
@@ -133,12 +133,12 @@ def frame_lists(root: str, scenes: Iterable[tuple[str, list[str], list[np.ndarra
     for folder, files, groups in scenes:
         whole = groups is None or len(groups) == 1 and len(groups[0]) == len(files)
         groups = [np.arange(len(files))] if groups is None else groups
-        used = np.unique(np.concatenate(groups)) if groups else []
+        used = np.unique(np.concatenate([np.zeros(0, int), *groups]))
         number = np.zeros(len(files), np.int32)
         number[used] = np.arange(len(used)) + len(ends)
-        for k in used:
-            text += os.fsencode(files[k])
-            ends.append(len(text))
+        encoded = [os.fsencode(files[k]) for k in used.tolist()]
+        ends.frombytes((len(text) + np.cumsum([len(name) for name in encoded], dtype=np.int64)).tobytes())
+        text += b"".join(encoded)
         for k, group in enumerate(groups):
             ids.frombytes(number[group].tobytes())
             names.append(os.fsencode(folder))
