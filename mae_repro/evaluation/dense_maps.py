@@ -100,7 +100,7 @@ def frame_truth(frame: PosedFrame, task: str, name: str) -> np.ndarray:
 
 def rendered_things(scenes: RenderedScenes, i: int, k: int) -> np.ndarray:
     "Classes (H, W) uint8 of frame k of rendered scene i: numbers of THINGS."
-    parts = scenes.scene(i).parts[k].astype(int)   # background, ten parts of the puppet, box, ball
+    parts = scenes.truth(i).parts[k].astype(int)   # background, ten parts of the puppet, box, ball
     return np.where(parts == 0, 0, np.maximum(parts - 9, 1)).astype(np.uint8)
 
 

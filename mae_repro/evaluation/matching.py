@@ -345,7 +345,7 @@ def match(encoder: nn.Module, train_pairs: Pairs | None, val_pairs: Pairs | None
           progress: bool = False, name: str = "encoder") -> MatchResult:
     """EPE, robustness and PCK of a frozen encoder: for each layer, with and/or without norm, a row by cosine, and one by the probe if config.probe.
 
-    UserError: pairs for training or choosing are missing, a size or layer that the encoder does not have."""
+    UserError: pairs for training or choosing are missing, no pixel has a known match, a size or layer that the encoder does not have."""
     depth, device = len(encoder.blocks), torch.device(device)
     size = tuple(config.img_size or 2 * (encoder_size(encoder),))
     layers = config.layers or tuple(range(depth))
@@ -358,6 +358,8 @@ def match(encoder: nn.Module, train_pairs: Pairs | None, val_pairs: Pairs | None
     encoder.to(device).eval()
     options = dict(batch_size=config.batch_size, device=device, amp=config.amp, progress=progress)
     test = gather_pairs(encoder, test_pairs, size, keys, True, **options)
+    if not test.seen.any():
+        raise UserError("no pixel of a test pair has a known place in the other picture: check depth, cameras or disparity, and their units")
     train = gather_pairs(encoder, train_pairs, size, keys, False, **options) if config.probe else None
     chooser = test if config.select == "test" or not config.probe else gather_pairs(encoder, val_pairs, size, keys, True, **options)
     encoder.train(was_training)
