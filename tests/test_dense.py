@@ -14,7 +14,8 @@ from torch import nn
 
 from mae_repro.evaluation.attentive import AttentiveConfig, AttentiveHeads, attentive_compare, attentive_predict, attentive_probe, fit_attentive
 from mae_repro.evaluation.dense import (Classes, DenseConfig, Depth, DPTMaps, FrozenTokens, LinearMaps, Normals, dense_compare, dense_figure, dense_probe, dense_size, fit_maps,
-                                        format_table, held_out, intervals, knn_reader, patch_layers, token_statistics)
+                                        format_table, held_out, intervals, knn_reader, token_statistics)
+from mae_repro.evaluation.propagation import patch_features
 from mae_repro.evaluation.dense_maps import (EIGEN_CROP, TASKS, DenseSet, class_counts, class_scores, depth_errors, normal_errors, normals_from_depth, open_maps, posed_maps,
                                              remembered, rendered_things)
 from mae_repro.methods.catalogue import open_encoder
@@ -339,9 +340,9 @@ def test_layers_of_ours_and_of_timm():
     vit = timm.create_model("vit_tiny_patch16_224", pretrained=False, img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=2, num_classes=0).eval()
     images = torch.randn(2, 3, 32, 32)
     for encoder in (vit, small_encoder()):
-        found = patch_layers(encoder, images, (1, 3))
-        assert found.shape == (2, 2, 16, 24) and torch.allclose(found[:, 1], encoder.forward_features(images)[:, 1:], atol=1e-5)
-        assert patch_layers(encoder, torch.randn(1, 3, 48, 64), (0,)).shape == (1, 1, 48, 24)
+        found = patch_features(encoder, images, (1, 3))
+        assert found[0].shape == (2, 16, 24) and torch.allclose(found[1], encoder.forward_features(images)[:, 1:], atol=1e-5)
+        assert patch_features(encoder, torch.randn(1, 3, 48, 64), (0,))[0].shape == (1, 48, 24)
 
 
 def test_neighbours_by_a_loop(rendered):

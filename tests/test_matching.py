@@ -455,7 +455,7 @@ def shifted_pair(cells=1, p=8, n=6, seed=0):
 
 
 def test_a_known_translation_is_matched_exactly():
-    pair, raw = shifted_pair(), M.RawPatches(8, 48)
+    pair, raw = shifted_pair(), M.PatchPixels(8)
     found = M.find_matches(raw, pair, (48, 48), (0, False), config=M.MatchConfig(temperature=.01))
     warp, valid = map(torch.from_numpy, pair.truth((48, 48)))
     assert valid[:, 8:].all() and not valid[:, :8].any()
@@ -465,6 +465,7 @@ def test_a_known_translation_is_matched_exactly():
     assert abs(M.stay_row(Set([pair]), (48, 48)).epe - 8) < 1e-6
 
 
+@torch.no_grad()
 def test_features_of_layers(encoder):
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

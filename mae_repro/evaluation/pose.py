@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 # %% ../../nbs/evaluation/49_pose.ipynb #c654bd77
 from .pair_data import depth_warp
+from .propagation import patch_features
 from ..parts.decoders import DecoderBlock
 from ..parts.features import encoder_patch_size, encoder_size
 from ..parts.patches import grid_size, normalise
@@ -216,7 +217,7 @@ def _may_ask(a: PosedFrame, b: PosedFrame, min_overlap: float) -> bool:
 @torch.no_grad()
 def patch_tokens(encoder: nn.Module, pixels: Tensor, device: str | torch.device = "cpu", batch_size: int = 64) -> Tensor:
     "Patch tokens (N, L, D) float32 on the CPU of pictures uint8 (N, 3, H, W), each on its own."
-    return torch.cat([encoder.forward_features(normalise(some.to(device)))[:, encoder.num_prefix_tokens:].float().cpu() for some in pixels.split(batch_size)])
+    return torch.cat([patch_features(encoder, normalise(some.to(device)))[0].float().cpu() for some in pixels.split(batch_size)])
 
 # %% ../../nbs/evaluation/49_pose.ipynb #96bb81eb
 class PoseReader:
@@ -228,7 +229,7 @@ class PoseReader:
     def forward(self, views: PoseViews, pairs: np.ndarray, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
         "R (n, 3, 3) and unit t (n, 3) of pairs (n, 2), with gradient if there is one."
         flat, rays = pairs.reshape(-1), views.rays[pairs].to(self.device)
-        x = tokens[flat].to(self.device) if tokens is not None else self.encoder.forward_features(normalise(views.pixels[flat].to(self.device)))[:, self.encoder.num_prefix_tokens:]
+        x = tokens[flat].to(self.device) if tokens is not None else patch_features(self.encoder, normalise(views.pixels[flat].to(self.device)))[0]
         return self.head(x.unflatten(0, (-1, 2)), rays)
 
     @torch.no_grad()
