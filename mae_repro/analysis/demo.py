@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from .cost import count_parameters, forward_gflops
+from .inspection import Pictures, anatomy_section, mixing_section
 from .report import (Section, accuracy_figure, drawing, headline, loss_figure, picture_grid, reconstruction_figure,
                                        reconstruction_rows, table, write_report)
 from ..evaluation.probes import ProbeResult, crop_origin_probe, format_table
@@ -94,6 +95,7 @@ def demo_report(run: Path, config: Config, metrics: list[dict], rows: list[Probe
                 "of crops traced to their photograph": f"{trained.accuracy:.0%}",
                 "by the same encoder untrained": f"{untrained.accuracy:.0%}",
                 f"in all, on {place}": f"{seconds / 60:.1f} min"}))
+    shown = Pictures(views, tuple(names))
     curve = drawing(loss_figure(metrics, method.norm_pix_loss), "Loss of the training batches. Each patch is normalised by its own mean and contrast, so predicting zero everywhere has a loss of 1.",
                     f"Loss falls from {first:.2f} to {last:.2f}")
     pictures = ("<p>Orange patches are predicted in one training step, grey ones are hidden and skipped. For the reconstruction all hidden patches are predicted. The model predicts texture "
@@ -111,10 +113,10 @@ def demo_report(run: Path, config: Config, metrics: list[dict], rows: list[Probe
                             ["crops seen", f"{metrics[-1]['step'] * config.optim.batch_size:,}"], ["machine", f"{place}, torch {machine['versions']['torch']}"]])
     folder = html.escape(str(run))
     after = (f"<pre>mae-repro pretrain crossmae-tiny --data.root YOUR_IMAGES\nmae-repro probe {folder} --data.root FOLDER_WITH_CLASS_FOLDERS\n"
-             f"mae-repro export {folder} --to timm --out encoder.safetensors\nmake lab</pre>"
+             f"mae-repro inspect {folder} YOUR_PICTURE.jpg\nmae-repro export {folder} --to timm --out encoder.safetensors\nmake lab</pre>"
              "<p class=soft>This model is tiny and knows a handful of photographs. It shows that the machinery works, not how good masked autoencoders are.</p>")
     return write_report(run / "report.html", "A masked autoencoder, from scratch", lead,
-                        [Section("The loss falls", curve), Section("What was hidden, and what came back", pictures),
-                         Section("Did the encoder learn anything?", probe), Section("What it cost", cost), Section("Next", after)])
+                        [Section("The loss falls", curve), Section("What was hidden, and what came back", pictures), Section("Did the encoder learn anything?", probe),
+                         anatomy_section(model, shown), mixing_section(model, shown), Section("What it cost", cost), Section("Next", after)])
 
 

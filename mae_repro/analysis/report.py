@@ -72,7 +72,7 @@ h2 { font-size: 1.15rem; margin: 2.4rem 0 .4rem; padding-top: .8rem; border-top:
 .soft { color: var(--soft); } .numbers { display: flex; flex-wrap: wrap; gap: .6rem 2rem; margin: 1rem 0; padding: 0; list-style: none; }
 .numbers b { display: block; font-size: 1.5rem; color: var(--accent); font-variant-numeric: tabular-nums; } .numbers span { color: var(--soft); font-size: .9rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }
-th, td { text-align: left; padding: .3rem 1.1rem .3rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; } td.number, th.number { text-align: right; }
+.wide + .wide { margin-top: 1rem; } th, td { text-align: left; padding: .3rem 1.1rem .3rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; } @media (max-width: 600px) { th, td { white-space: normal; } } td.number, th.number { text-align: right; }
 figure { margin: .8rem 0; } figure img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; } figcaption { color: var(--soft); font-size: .9rem; }
 .grid { display: grid; gap: 4px; grid-template-columns: repeat(var(--n), minmax(0, 1fr)); max-width: calc(var(--n) * 190px); }
 .grid img { width: 100%; display: block; image-rendering: pixelated; border-radius: 2px; } .grid div { font-size: .8rem; line-height: 1.2; color: var(--soft); align-self: end; }
