@@ -85,7 +85,7 @@ def page(lab):
         page.set_default_timeout(90_000)
         page.goto(f"{address}/lab/tree/explorer.ipynb?token=t&reset")
         page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-        page.wait_for_selector(".jp-Toolbar [data-status=idle], .jp-NotebookPanel-toolbar [data-status=idle]", state="attached")
+        page.get_by_text("| Idle").wait_for()       # the status bar: the kernel is there
         page.click(".lm-MenuBar-item:has-text('Run')")
         page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
         page.wait_for_selector(".mae-picture img", state="attached", timeout=120_000)
