@@ -106,8 +106,10 @@ def test_mixture_by_weight_and_images_for_single_views(frames):
     mix = Mixture((a, b), (1., 3.), single)
     scenes = Counter(marks(drawn(mix, i, num_views=2))[0][0] for i in range(1200))
     assert all(abs(scenes[k] - n) < 4 * n ** .5 for k, n in {0: 150, 1: 150, 3: 300, 4: 300, 5: 300}.items()) and sum(scenes.values()) == 1200
-    assert {marks(drawn(mix, i, num_views=1))[0][0] for i in range(20)} == {2}
-    assert {marks(drawn(Mixture((a, b), (1., 3.)), i, num_views=1))[0][0] for i in range(60)} == {0, 1, 3, 4, 5}, "without images, single views are frames"
+    assert {marks(drawn(mix, i, num_views=0))[0][0] for i in range(20)} == {2}
+    for source, n in ((mix, 1), (Mixture((a, b), (1., 3.)), 0)):
+        assert {marks(drawn(source, i, num_views=n))[0][0] for i in range(60)} == {0, 1, 3, 4, 5}, "one view of a scene is no image, and without images single views are frames"
+        assert drawn(source, 0, num_views=n).shape[0] == 1
     for weights in ((1.,), (1., 0.), (1., float("nan"))):
         with pytest.raises(UserError, match="positive weight"):
             Mixture((a, b), weights)
@@ -144,7 +146,7 @@ def test_as_many_scenes_as_fit_like_the_authors():
 def test_views_are_uniform_and_one_in_ten_is_single():
     order = GroupBatches(100, 960)
     found = Counter(order.count(step, group) for step in range(400) for group in range(10))
-    assert abs(found[1] - 400) < 4 * 400 ** .5 and set(found) == set(range(1, 25))
+    assert abs(found[0] - 400) < 4 * 400 ** .5 and set(found) == {0, *range(2, 25)}
     assert all(abs(found[s] - 3600 / 23) < 4.5 * (3600 / 23) ** .5 for s in range(2, 25))
     assert [order.count(3, g) for g in range(10)] == [GroupBatches(7, 960, start_step=5, world=2).count(3, g) for g in range(10)]
     assert any(order.count(3, g) != replace(order, seed=1).count(3, g) for g in range(10))
@@ -161,7 +163,7 @@ def test_processes_share_the_groups(world):
     assert list(GroupBatches(**settings, start_step=7)) == whole[28:]
     names = [(e, i) for group in whole for e, i, _ in group]
     assert len(set(names)) == len(names), "no two samples share a seed"
-    assert {e for e, _ in names} == {0, 1, 2} and all(len(g) == 20 // g[0][2] for g in whole)
+    assert {e for e, _ in names} == {0, 1, 2} and all(len(g) == 20 // max(g[0][2], 1) for g in whole)
 
 
 def test_batches_that_cannot_be_made():
@@ -176,7 +178,7 @@ def test_workers_bring_the_same_batches(frames):
     order = GroupBatches(3, 20, 10, (2, 5), .25)
     alone, helped = (list(loader(views, order, workers)) for workers in (0, 2))
     assert len(alone) == len(helped) == 6 and all(torch.equal(a["views"], b["views"]) and torch.equal(a["noise"], b["noise"]) for a, b in zip(alone, helped))
-    assert {tuple(batch["views"].shape[:2]) for batch in alone} == {(10 // s, s) for s in {g[0][2] for g in order}}
+    assert {tuple(batch["views"].shape[:2]) for batch in alone} == {(10 // max(s, 1), max(s, 1)) for s in {g[0][2] for g in order}}
 
 
 # ---------------------------------------------------------------- training
@@ -225,9 +227,12 @@ def test_single_views_come_from_images(frames, tmp_path):
         Image.new("RGB", (30, 30), (0, 0, 0)).save(tmp_path / f"images/{i}.png")
     config = config_of("mum", frames, data__images=tmp_path / "images")
     views = open_views(config.data, config.views, config.method, 0)
-    assert views[0, 5, 1]["views"].shape[0] == 1 and views[0, 5, 1]["views"].float().mean() == 0 and views[0, 5, 3]["views"].float().mean() > 50
+    assert views[0, 5, 0]["views"].shape[0] == 1 and views[0, 5, 0]["views"].float().mean() == 0 and views[0, 5, 3]["views"].float().mean() > 50
+    assert views[0, 5, 1]["views"].shape[0] == 1 and views[0, 5, 1]["views"].float().mean() > 50, "MAE on scenes sees frames of scenes"
     config = replace_in(config, "views.single", 0.)
-    assert open_views(config.data, config.views, config.method, 0)[0, 5, 1]["views"].float().mean() > 50
+    assert open_views(config.data, config.views, config.method, 0)[0, 5, 0]["views"].float().mean() > 50
+    counts = Counter(GroupBatches(50, 40, 10, (1, 1), .25).count(step, group) for step in range(50) for group in range(4))
+    assert set(counts) == {0, 1} and abs(counts[0] - 50) < 30
 
 
 def test_short_scenes_are_left_out_and_mixtures_weighted(frames, tmp_path):
@@ -244,7 +249,7 @@ def test_short_scenes_are_left_out_and_mixtures_weighted(frames, tmp_path):
 def test_built_in_scenes():
     config = recipe("mum-tiny")
     source = open_source(replace(config.data, limit=2), config.views, (16, 24), 8)
-    assert drawn(source, 0, num_views=8).shape == (8, 3, 16, 24) and drawn(source, 0, num_views=1).shape == (1, 3, 16, 24)
+    assert drawn(source, 0, num_views=8).shape == (8, 3, 16, 24) and drawn(source, 0, num_views=0).shape == (1, 3, 16, 24)
 
 
 @pytest.mark.parametrize("changes, says", [

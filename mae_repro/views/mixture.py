@@ -70,7 +70,7 @@ class SceneViews:
 class Mixture:
     """A sample of one of several sources, drawn anew each time: source d with a probability in proportion to weights[d], then one of its items, all alike.
 
-    `single`: where samples of one view come from; None: from the same sources. Each source must take the number of views in `draw(i, num_views)`.
+    `single`: where single images come from, which are asked for by the number 0; None: one view of the same sources. Each source must take the number of views in `draw(i, num_views)`.
     UserError without sources, or for weights that are not positive."""
     sources: tuple
     weights: tuple[float, ...]
@@ -89,8 +89,9 @@ class Mixture:
     def draw(self, i: int, num_views: int | None = None) -> Tensor:
         "Views uint8 (V, 3, H, W); `i` moves on to another item of the same source, so that a broken one can be replaced."
         chance, place = torch.rand(2, dtype=torch.float64).tolist()
-        if num_views == 1 and self.single is not None:
+        if num_views == 0 and self.single is not None:
             return self.single.draw((int(place * len(self.single)) + i) % len(self.single))
+        num_views = 1 if num_views == 0 else num_views
         ends = list(accumulate(self.weights))
         source = self.sources[next(d for d, end in enumerate(ends) if chance * ends[-1] < end)]
         return source.draw((int(place * len(source)) + i) % len(source), num_views)

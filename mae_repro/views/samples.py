@@ -225,8 +225,8 @@ class EpochBatches:
 class GroupBatches:
     """Batches of `(epoch, index, S)` for one process, with S views a sample, drawn anew for every micro-batch (MuM, appendix A): a batch sampler over global optimiser steps, resumable at any of them.
 
-    A step works on `batch_size` views in groups of `group` views, each a micro-batch: S is 1 with probability `single`, else uniform over the integers views[0] ... views[1], and the group is
-    floor(group / S) samples. What group g of a step holds is a function of (seed, step, g). Rank r works on groups r * m ... (r + 1) * m - 1, m = `micro_batches`; so the result does not depend on
+    A step works on `batch_size` views in groups of `group` views, each a micro-batch: S is 0 with probability `single`, which stands for one view of an image instead of a scene, else uniform over
+    the integers views[0] ... views[1]. The group is floor(group / S) samples (`group` of single images). What group g of a step holds is a function of (seed, step, g). Rank r works on groups r * m ... (r + 1) * m - 1, m = `micro_batches`; so the result does not depend on
     the number of processes, as long as it divides the groups. UserError if the groups do not fill a step, or processes, evenly, or a sample does not fit a group."""
     steps_per_epoch: int
     batch_size: int
@@ -255,17 +255,17 @@ class GroupBatches:
         return max(0, self.epochs * self.steps_per_epoch - self.start_step) * self.micro_batches
 
     def count(self, step: int, group: int) -> int:
-        "S of a group."
+        "S of a group; 0: single images."
         rng = np.random.default_rng(np.random.SeedSequence((self.seed, step, group), spawn_key=(2,)))
         alone, s = rng.random() < self.single, int(rng.integers(self.views[0], self.views[1] + 1))
-        return 1 if alone else s
+        return 0 if alone else s
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         for step in range(self.start_step, self.epochs * self.steps_per_epoch):
             epoch, place = divmod(step, self.steps_per_epoch)
             for group in range(self.rank * self.micro_batches, (self.rank + 1) * self.micro_batches):
                 first, s = place * self.batch_size + group * self.group, self.count(step, group)
-                yield [(epoch, first + k, s) for k in range(self.group // s)]
+                yield [(epoch, first + k, s) for k in range(self.group // max(s, 1))]
 
 # %% ../../nbs/views/25_samples.ipynb #908357ab
 def collate(items: list[dict]) -> dict:
