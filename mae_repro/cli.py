@@ -54,6 +54,7 @@ def parse(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
         with contextlib.redirect_stderr(said):
             found = tyro.cli(kind, args=args, prog=prog, **({} if default is None else {"default": default}))
         _check_json(getattr(found, "json", None))
+        _check_figure(getattr(found, "figure", None))
         return found
     except SystemExit as stop:
         if not stop.code:
@@ -75,6 +76,19 @@ def _check_json(where: str | None) -> None:
             raise IsADirectoryError(None, "is a folder")
     except OSError as error:
         raise BadUsage(f"--json {where}: cannot be written there ({error.strerror}). Give the path of a file, or - for standard output") from None
+
+
+def _check_figure(where: Path | tuple[Path, ...] | None) -> None:
+    "BadUsage before any work is done if a picture cannot be written there."
+    for path in where if isinstance(where, tuple) else () if where is None else (where,):
+        if path.suffix.lower() not in (".png", ".svg", ".pdf", ".jpg", ".jpeg"):
+            raise BadUsage(f"--figure {path}: give a name that ends in .png, .svg, .pdf or .jpg")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir() or not os.access(path.parent, os.W_OK):
+                raise PermissionError(None, "it is a folder, or the folder cannot be written to")
+        except OSError as error:
+            raise BadUsage(f"--figure {path}: cannot be written there ({error.strerror})") from None
 
 
 def emit(value: Any, where: str | None, text: str = "") -> None:
@@ -174,6 +188,10 @@ class ResumeArgs:
     "The run's folder."
     data_root: Annotated[Path | None, arg(name="data.root")] = None
     "Where the data is now, if it has moved."
+    mixture: Annotated[tuple[str, ...] | None, arg(name="data.mixture")] = None
+    "The same data sets and weights in other folders."
+    images: Annotated[Path | None, arg(name="data.images")] = None
+    "Where single images are now."
     workers: Annotated[int | None, arg(name="data.workers")] = None
     "Processes that load data."
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"] | None, arg(name="train.device")] = None
@@ -185,7 +203,7 @@ def resume(args: list[str]) -> int:
     from mae_repro.training import pretrain as training
     a = parse(ResumeArgs, args, "mae-repro resume")
     config = training.read_config(a.run)
-    run = training.resume(a.run, probe=_training_probe(config), figure=_figure_of(config), root=a.data_root, workers=a.workers, device=a.device)
+    run = training.resume(a.run, probe=_training_probe(config), figure=_figure_of(config), root=a.data_root, workers=a.workers, device=a.device, mixture=a.mixture, images=a.images)
     return _trained(run, a.json)
 
 
@@ -638,8 +656,8 @@ class PoseArgs:
     "Only pairs that share this much of what they show (needs depth); 0: any two frames of a scene."
     fold: bool = False
     "Count t and -t alike, as evaluations of essential matrices do."
-    untrained: bool = False
-    "Also the same architecture with its initial weights."
+    controls: bool = False
+    "Also a row for the same architecture with its initial weights; the two without an encoder are always there."
     seed: int = 0
     figure: Path | None = None
     "Write the curves, and epipolar lines of one test pair, to this PNG."
@@ -662,7 +680,7 @@ def pose(args: list[str]) -> int:
     scenes = SceneFolders(a.data.root, a.data.limit) if a.data.root else RenderedScenes(a.data.limit or 120, 8, size, seed=1)
     test = SceneFolders(a.data.test_root) if a.data.test_root else None
     config = PoseConfig(img_size=size, steps=a.steps, batch_size=a.batch_size, tune=a.tune, min_overlap=a.min_overlap, fold=a.fold, eval_every=max(1, a.steps // 10), seed=a.seed)
-    untrained = (lambda: open_encoder(a.encoder, pretrained=False, seed=a.seed)) if a.untrained else None
+    untrained = (lambda: open_encoder(a.encoder, pretrained=False, seed=a.seed)) if a.controls else None
     rows, reader, example = compare_pose(encoder, scenes, test, untrained, config, device)
     if a.figure:
         a.figure.parent.mkdir(parents=True, exist_ok=True)
@@ -725,10 +743,9 @@ def inspect_attention(args: list[str]) -> int:
     else:
         rows = attention.who_talks(model, open_images(a.data.root, limit=a.data.limit), size, a.batch_size, seed=a.seed)
         text, figure = attention.format_talks(rows), lambda: attention.talk_figure(rows)
-    if a.figure:
-        a.figure.parent.mkdir(parents=True, exist_ok=True)
-        figure().savefig(a.figure, bbox_inches="tight")
     emit(rows, a.json, text)
+    if a.figure:
+        figure().savefig(a.figure, bbox_inches="tight")
     return 0
 
 

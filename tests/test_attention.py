@@ -1,13 +1,14 @@
 "Recorded attention: outputs unchanged, rows against a naive softmax, what is kept, timm, views, distances, rollout, who talks to whom, errors."
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
 
-from mae_repro.analysis.attention import (attention_distance, attention_entropy, attention_errors, attention_names, cross_view_figure, cross_view_maps, keys_by_view, places_of, record, rollout,
-                                          summed_over_maps, talk_figure, talk_masses, true_places, who_talks, with_prefix)
+from mae_repro.analysis.attention import (attention_distance, attention_entropy, attention_errors, attention_names, cross_view_figure, cross_view_maps, format_errors, format_talks, keys_by_view, places_of,
+                                          readable_pairs, record, rollout, summed_over_maps, talk_figure, talk_masses, true_places, who_talks, with_prefix)
 from mae_repro.methods.cdgmae import CDGMAE
 from mae_repro.methods.croco import CroCo
 from mae_repro.methods.crossmae import CrossMAE
@@ -15,7 +16,7 @@ from mae_repro.methods.mae import MAE
 from mae_repro.methods.mum import MuM
 from mae_repro.methods.siamese import CropMAE, SiamMAE
 from mae_repro.parts.weights import UserError
-from mae_repro.views.photos import open_images
+from mae_repro.views.photos import BrokenImage, open_images
 from mae_repro.views.posed import RenderedScenes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -209,13 +210,71 @@ def test_errors_against_ground_truth():
         t, s = true_places(scenes.frame(0, one), scenes.frame(0, two), (4, 4))
         expected += (t - places_of((4, 4))).norm(dim=1)[s].tolist()
     same = rows["same place"]
-    assert same.error == pytest.approx(np.mean(expected), abs=1e-5) and same.patches == len(expected) and same.pairs == 2 and same.low <= same.error <= same.high
+    assert same.error == pytest.approx(np.mean(expected), abs=1e-5) and same.patches == len(expected) and (same.pairs, same.scenes, same.skipped) == (2, 1, 0) and math.isnan(same.low) and math.isnan(same.high)
     far = {r.name: r for r in attention_errors(model, scenes, pairs, 32, moved=.3, progress=False)}["same place"]
     assert far.error == pytest.approx(np.mean([e for e in expected if e >= .3]), abs=1e-5)
     with pytest.raises(UserError, match="other frames"):
         attention_errors(model, scenes, pairs, 32, moved=50, progress=False)
     same_frame = {r.name: r for r in attention_errors(model, scenes, [(0, 2, 2)], 32, progress=False)}
     assert same_frame["same place"].error < .01                                     # nothing moved
+
+
+class Torn(RenderedScenes):
+    "Some frames cannot be read."
+    lost = {(0, 0), (2, 3)}
+
+    def frame(self, i, k):
+        if (i, k) in self.lost:
+            raise BrokenImage(f"scene {i}, frame {k}", "is not a picture")
+        return super().frame(i, k)
+
+
+def test_unreadable_frames_are_skipped_and_counted(caplog):
+    model, pairs = small(MuM), [(i, a, b) for i in range(3) for a, b in ((0, 3), (3, 0), (1, 2))]
+    torn, whole = Torn(3, 4, 32, seed=1), RenderedScenes(3, 4, 32, seed=1)
+    rows = attention_errors(model, torn, pairs, 32, progress=False)
+    left = [pair for pair in pairs if not {(pair[0], pair[1]), (pair[0], pair[2])} & Torn.lost]
+    same = attention_errors(model, whole, left, 32, progress=False)
+    assert [(r.error, r.low, r.high, r.pairs, r.scenes) for r in rows] == [(r.error, r.low, r.high, r.pairs, r.scenes) for r in same] and rows[0].skipped == 4 and same[0].skipped == 0
+    assert rows[0].low < rows[0].error < rows[0].high and caplog.text.count("skipped:") == 4
+    assert "4 pairs could not be read" in format_errors(rows) and "could not" not in format_errors(same) and f"{rows[0].error:.2f} [" in format_errors(rows)
+    assert [(i, a.image.tobytes()) for i, a, _ in readable_pairs(torn, pairs, 32)] == [(i, whole.frame(i, k).image.tobytes()) for i, k, _ in left]
+    alone = format_errors(attention_errors(model, whole, pairs[:3], 32, progress=False))
+    assert "[" not in alone and "nan" not in alone and " -" in alone and "1 scene" in alone
+    with pytest.raises(UserError, match="none of the 2 pairs"):
+        attention_errors(model, torn, pairs[:2], 32, progress=False)
+    with pytest.raises(UserError, match="seed -1"):
+        attention_errors(model, whole, pairs, 32, seed=-1, progress=False)
+
+
+def test_intervals_of_errors_come_from_scenes():
+    "The same pair again and again makes no interval narrower."
+    model, scenes = small(MuM), RenderedScenes(4, 4, 32, seed=1)
+    once = [(i, 0, 3) for i in range(4)]
+    for one, many in zip(attention_errors(model, scenes, once, 32, progress=False), attention_errors(model, scenes, once * 5, 32, progress=False)):
+        assert (many.low, many.high) == pytest.approx((one.low, one.high), abs=1e-5) and one.low < one.high
+
+
+def test_unreadable_images_are_counted():
+    model, images = small(), open_images(None)
+
+    def load(i):
+        if i in (0, 3):
+            raise BrokenImage(f"image {i}", "is not a picture")
+        return images.load(i)
+    class Some(SimpleNamespace):
+        __len__ = lambda self: 5
+    some = Some(load=load)
+    talks = who_talks(model, some, batch_size=1, samples=50, progress=False)
+    assert talks[0].images == 3 and talks[0].skipped == 2 and "3 images" in format_talks(talks) and "2 could not be read" in format_talks(talks)
+    some.load = lambda i: load(1 if i == 1 else 0)
+    one = who_talks(model, some, samples=50, progress=False)
+    assert math.isnan(one[0].total_mask[1]) and "nan" not in format_talks(one) and "[" not in format_talks(one) and "1 image;" in format_talks(one)
+    assert len(talk_figure(one).axes) == 2
+    some.load = lambda i: load(0)
+    for options, message in ((dict(), "none of the 5"), (dict(img_size=0), "img_size 0"), (dict(img_size=30), "img_size 30"), (dict(batch_size=0), "batch_size 0"), (dict(seed=-1), "seed -1")):
+        with pytest.raises(UserError, match=message):
+            who_talks(model, some, progress=False, **options)
 
 
 def test_numbers_of_a_map():

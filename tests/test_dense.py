@@ -15,6 +15,7 @@ from torch import nn
 from mae_repro.evaluation.attentive import AttentiveConfig, AttentiveHeads, attentive_compare, attentive_predict, attentive_probe, fit_attentive
 from mae_repro.evaluation.dense import (Classes, DenseConfig, Depth, DPTMaps, FrozenTokens, LinearMaps, Normals, dense_compare, dense_figure, dense_probe, dense_size, fit_maps,
                                         format_table, held_out, intervals, knn_reader, token_statistics)
+from mae_repro.evaluation.pair_data import posed_splits
 from mae_repro.evaluation.propagation import patch_features
 from mae_repro.evaluation.dense_maps import (EIGEN_CROP, TASKS, DenseSet, class_counts, class_scores, depth_errors, normal_errors, normals_from_depth, open_maps, posed_maps,
                                              remembered, rendered_things)
@@ -137,6 +138,7 @@ def test_intervals_are_drawn_by_group():
     assert np.isclose(point["rmse"], measured[:, 0].mean())
     ends = sorted([measured[:6, 0].mean(), measured[6:, 0].mean()])
     assert np.isclose(low["rmse"], ends[0]) and np.isclose(high["rmse"], ends[1])             # two groups: a resample is one, the other, or both
+    assert intervals(answer, measured[:1], ["a"], 500)[1:] == ({"rmse": None, "absrel": None, "delta1": None},) * 2
     one = intervals(answer, measured, ["a"] * 12, 500)
     assert one[1]["rmse"] < point["rmse"] < one[2]["rmse"]
 
@@ -188,7 +190,7 @@ def test_ade20k(tmp_path):
     assert train.load(1, (9, 12))[1].shape == (1, 9, 12)
     assert len(open_maps(tmp_path, "segmentation-knn", "ade20k", limit=2)[0]) == 2
     Image.new("RGB", (24, 18)).save(tmp_path / "annotations/training/ADE_0.png")
-    with pytest.raises(BrokenImage, match="not one number a pixel"):
+    with pytest.raises(BrokenImage, match="and its picture"):
         train.load(0, (18, 24))
     (tmp_path / "annotations/training/ADE_0.png").unlink()
     row, _ = dense_probe(small_encoder(), train, test, "segmentation-knn", DenseConfig(img_size=(16, 24)), **quiet)
@@ -362,6 +364,43 @@ def test_neighbours_by_a_loop(rendered):
         assert torch.allclose(found[l], (weight[:, None] * shares[near]).sum(0) / weight.sum(), atol=1e-3)
 
 
+def test_the_bank_of_neighbours_is_never_larger_than_asked(rendered, monkeypatch):
+    train, _ = rendered["segmentation-knn"]
+    frozen = FrozenTokens(small_encoder(img_size=48), train, (48, 48), (3,), torch.device("cpu"), 1e9)
+    answer, sizes, normalize = Classes([torch.arange(4)], DenseConfig()), [], F.normalize
+    monkeypatch.setattr("mae_repro.evaluation.dense.F.normalize", lambda x, **kw: sizes.append(x.shape[0] * x.shape[1]) or normalize(x, **kw))
+    for bank, kept in ((5, 5), (16, 16), (50, 48), (10**6, 16 * 36)):
+        sizes.clear()
+        knn_reader(frozen, list(range(16)), answer, (48, 48), (6, 6), DenseConfig(bank=bank, batch_size=4))
+        assert sum(sizes) == kept <= bank and len(train) == 16
+
+
+@pytest.mark.parametrize("task", ["depth", "normals", "segmentation"])
+def test_heads_that_diverge_are_not_chosen(task, rendered):
+    config = DenseConfig(img_size=48, steps=12, bins=8, feature_dim=8, batch_size=3, lrs=(1e30, 1e-3))
+    row, _ = dense_probe(small_encoder(), *rendered[task], task, config, **quiet)
+    assert row.settings["lr"] == 1e-3 and row.settings["held_out"][0] is None and all(math.isfinite(v) for v in row.metrics.values())
+    json.dumps(asdict(row), allow_nan=False)
+    for lrs in ((1e30,), (1e30, 1e29)):
+        with pytest.raises(UserError, match="every head of the dense probe diverged: give lower --lrs than 1e\\+30"):
+            dense_probe(small_encoder(), *rendered[task], task, replace(config, lrs=lrs), **quiet)
+
+
+def test_one_test_picture_has_no_interval(rendered):
+    train, test = rendered["depth"]
+    row, _ = dense_probe(small_encoder(), train, test.take([0]), "depth", DenseConfig(img_size=48, steps=2, bins=4, lrs=(1e-3,)), **quiet)
+    assert set(row.low.values()) == set(row.high.values()) == {None} and "(-)" in format_table([row])
+
+
+def test_one_folder_has_one_test_set():
+    "Dense probes leave the scenes to the test that matching leaves to it."
+    scenes = RenderedScenes(9, 3, 16)
+    for seed in (0, 1):
+        _, test = posed_maps(scenes, "depth", 1, seed)
+        matched = posed_splits(scenes, (8, 8, 8), (0., 1.), seed).test
+        assert set(test.groups) == {scenes.name(s) for s, _, _ in matched.index} and len(test) == 2
+
+
 # ---- the whole probe
 
 def test_shipped_mae_beats_a_constant_and_raw_pixels_on_rendered_scenes(tmp_path):
@@ -405,7 +444,12 @@ def test_unreadable_pictures_are_skipped_and_counted(rendered):
     (lambda: open_maps(None, "segmentation", "voc"), "needs --data.root"),
     (lambda: open_maps(".", "segmentation", "voc"), "no train pictures in the layout voc"),
     (lambda: open_maps(None, "flow"), "the tasks are"),
-    (lambda: open_maps(None, "depth", limit=0), "at least 1"),
+    (lambda: open_maps(None, "depth", limit=0), "^--data.limit 0 must be at least 1$"),
+    (lambda: open_maps(None, "depth", frames=0), "^--frames 0 must be at least 1$"),
+    (lambda: DenseConfig(lrs=(1e-3, math.nan)), "^lrs .* must be positive, finite numbers$"),
+    (lambda: DenseConfig(lrs=(math.inf,)), "finite"),
+    (lambda: DenseConfig(temperature=math.nan), "^temperature nan must be"),
+    (lambda: dense_size(small_encoder(), 0, "depth"), "img_size 0 x 0"),
     (lambda: posed_maps(RenderedScenes(1, 1, 32), "depth"), "cannot both train and test"),
     (lambda: DenseConfig(steps=0), "steps 0 must be at least 1"),
     (lambda: DenseConfig(lrs=()), "must be positive"),
@@ -473,6 +517,30 @@ class Corners:
 
     def load(self, i):
         return Image.fromarray(self.pixels[i])
+
+
+def test_where_heads_look_by_a_loop():
+    "softmax of q . k / sqrt(e), e = 4 channels of each of two heads, over standardised tokens; a scale that is off changes every weight."
+    x, _ = marks(3)
+    heads = AttentiveHeads(x.mean((0, 1)), x.std((0, 1)), 2, 2)
+    head = heads.heads[0]
+    nn.init.normal_(head.query, std=3)
+    z = (x - x.mean((0, 1))) / x.std((0, 1))
+    looks = heads.attention(z)
+    for b in range(3):
+        for h in range(2):
+            weight = [math.exp(float(head.query[h] @ (head.key[h] @ token)) / 2) for token in z[b]]
+            np.testing.assert_allclose(looks[b, 0, h].detach(), np.array(weight) / sum(weight), atol=1e-5)
+    values = torch.einsum("hed,bhd->bhe", head.value, torch.einsum("bhl,bld->bhd", looks[:, 0], z)).flatten(1)
+    np.testing.assert_allclose(heads(x)[:, 0].detach() * 100, (head.out(values) * 100).detach(), atol=1e-4)
+
+
+def test_attentive_heads_that_diverge_are_not_chosen():
+    x, y = marks(60)
+    config = AttentiveConfig(lrs=(1e30, 1e-3), epochs=3, batch_size=20, num_heads=2)
+    assert attentive_predict(x[:50], y[:50], x[50:], config)[1]["lr"] == 1e-3
+    with pytest.raises(UserError, match="diverged"):
+        attentive_predict(x[:50], y[:50], x[50:], replace(config, lrs=(1e30, 1e29)))
 
 
 def test_attentive_probe_of_image_sets():

@@ -16,6 +16,7 @@ from mae_repro.evaluation import matching as M
 from mae_repro.evaluation import pair_data as D
 from mae_repro.parts.encoder import Encoder
 from mae_repro.parts.weights import UserError
+from mae_repro.views.layouts import write_layout
 from mae_repro.views.photos import BrokenImage
 from mae_repro.views.posed import PosedFrame, RenderedScenes
 from mae_repro.views.scenes import correspondences
@@ -139,6 +140,22 @@ def test_truth_of_one_place_by_hand():
     assert not D.depth_warp(unknown, b, (6, 8))[1][:, 2].any() and D.depth_warp(unknown, b, (6, 8))[1][:5, 3].all()
 
 
+@pytest.mark.parametrize("there, valid", [(2.1, True), (2.12, False), (1.91, True), (1.903, False)])   # a twentieth of b's depth, not of the projected one
+def test_how_far_depths_may_differ(there, valid):
+    a = PosedFrame(Image.new("RGB", (8, 8)), np.array([[4., 0, 3.5], [0, 4, 3.5], [0, 0, 1]]), np.eye(3), np.zeros(3), np.full((8, 8), 2., np.float32))
+    assert (D.depth_warp(a, replace(a, depth=np.full((8, 8), there, np.float32)), (8, 8))[1][1:6, 1:6] == valid).all()
+    loose = D.depth_warp(a, replace(a, depth=np.full((8, 8), there, np.float32)), (8, 8), tolerance=.1)[1]
+    assert loose[1:6, 1:6].all()
+
+
+def test_where_valid_places_begin_and_end():
+    "Half a pixel from the left and top edges, because depth is 0 beyond them; one pixel from the right and bottom ones."
+    a = PosedFrame(Image.new("RGB", (8, 8)), np.array([[4., 0, 3.5], [0, 4, 3.5], [0, 0, 1]]), np.eye(3), np.zeros(3), np.full((8, 8), 2., np.float32))
+    warp, valid = D.depth_warp(a, a, (800, 800))
+    corner = ((warp + 1) / 2 * 8)[valid]
+    assert np.abs(corner.min(0) - .45).max() < .02 and np.abs(corner.max(0) - 7).max() < .02
+
+
 def test_behind_the_camera_is_no_match():
     a = PosedFrame(Image.new("RGB", (8, 8)), np.array([[4., 0, 3.5], [0, 4, 3.5], [0, 0, 1]]), np.eye(3), np.zeros(3), np.full((8, 8), 2., np.float32))
     for t in ([0, 0, -2.], [0, 0, -4.]):
@@ -183,6 +200,53 @@ def test_scenes_without_depth_are_left_out(tmp_path, scenes):
         (tmp_path / name / "cameras.json").write_text(json.dumps(dict(views=[v | dict(depth="z.png") for v in views])))
     found = D.open_pairs(tmp_path, num=(2, 2, 2), span=(0., 1.))
     assert {s for part in (found.train, found.val, found.test) for s, _, _ in part.index} == {1, 2, 3}
+
+
+def folder_of(tmp_path, scenes, depths=5):
+    "Three scenes as files; of each, the first `depths` of five frames have depth."
+    write_layout("scene", tmp_path, num=3, num_frames=5, size=(32, 32), seed=1)
+    paths = sorted(tmp_path.rglob("cameras.json"))
+    for path in paths:
+        about = json.loads(path.read_text())
+        about["views"] = [v if k < depths else {name: v[name] for name in ("file", "K", "R", "t")} for k, v in enumerate(about["views"])]
+        path.write_text(json.dumps(about))
+    return [[path.parent / v["depth"] for v in json.loads(path.read_text())["views"] if "depth" in v] for path in paths]
+
+
+def test_frames_that_cannot_be_read_are_named_and_counted(tmp_path, scenes, caplog):
+    maps = folder_of(tmp_path, scenes)
+    whole = D.open_pairs(tmp_path, num=(6, 4, 4), span=(0., 1.))
+    assert whole.skipped == () and not caplog.text
+    maps[0][1].unlink(), Image.fromarray(np.zeros((9, 9), np.uint16)).save(maps[1][2])
+    found = D.open_pairs(tmp_path, num=(30, 30, 30), span=(0., 1.))
+    assert len(found.skipped) == 2 and "2 frames" in caplog.text and str(maps[0][1]) in found.skipped[0] and str(maps[1][2]) in found.skipped[1]
+    assert not {(0, 1), (1, 2)} & {(s, k) for part in (found.train, found.val, found.test) for s, a, b in part.index for k in (a, b)}
+    for path in sum(maps, [])[:-1]:
+        path.unlink(missing_ok=True)
+    with pytest.raises(UserError, match=f"14 frames that were left out, the first: {maps[0][0]}"):
+        D.open_pairs(tmp_path, num=(30, 30, 30), span=(0., 1.))
+
+
+def test_frames_without_depth_among_others(tmp_path, scenes):
+    folder_of(tmp_path, scenes, 3)
+    found = D.open_pairs(tmp_path, num=(30, 30, 30), span=(0., 1.))
+    assert len(found.skipped) == 6 and all("has no depth" in text for text in found.skipped)
+    assert {k for part in (found.train, found.val, found.test) for _, a, b in part.index for k in (a, b)} == {0, 1, 2}
+
+
+def test_one_frame_is_no_pair(tmp_path, scenes):
+    folder_of(tmp_path, scenes, 1)
+    with pytest.raises(UserError, match="no scene has more than one frame with depth, and a pair needs two"):
+        D.open_pairs(tmp_path)
+    with pytest.raises(UserError, match="a pair needs two frames"):
+        D.posed_splits(RenderedScenes(3, 1, 16))
+
+
+def test_without_a_probe_everything_is_test(tmp_path, scenes, caplog):
+    folder_of(tmp_path, scenes)
+    assert {s for s, _, _ in D.open_pairs(tmp_path, num=(0, 0, 30), span=(0., 1.), everything=True).test.index} == {0, 1, 2}
+    one = D.open_pairs(tmp_path, num=(0, 0, 30), span=(0., 1.), limit=1, everything=True)
+    assert len(one.test) == 20 and len(one.train) == len(one.val) == 0 and "divided by pair" not in caplog.text
 
 
 def test_what_the_right_picture_sees_by_loops():
@@ -238,7 +302,9 @@ def test_shaken_pairs_are_drawn_once(scenes):
 
 @pytest.mark.parametrize("options, message", [
     (dict(root="nowhere"), "no such folder"), (dict(root=None, layout="stereo"), "needs --data.root"), (dict(layout="other"), "none of"),
-    (dict(span=(.5, .5)), "rising"), (dict(limit=0), "at least 1"), (dict(shake=(.1, 1.)), "shake"), (dict(span=(.999, 1.), limit=3, size=32), "widen the range")])
+    (dict(span=(.5, .5)), "^covisibility 0.5 0.5 must be two rising numbers in 0..1$"), (dict(span=(float("nan"), 1.)), "rising"), (dict(limit=0), "^data.limit 0 must be at least 1$"),
+    (dict(num=(0, 0, 0)), "^pairs 0 0 0 must be more than none"), (dict(num=(3, -1, 2)), "^pairs 3 -1 2 must be numbers that are not negative$"),
+    (dict(shake=(.1, 1.)), "shake"), (dict(span=(.999, 1.), limit=3, size=32), "widen --data.covisibility$")])
 def test_bad_requests_are_one_line(options, message):
     with pytest.raises(UserError, match=message) as error:
         D.open_pairs(**options)
@@ -281,6 +347,7 @@ def test_stereo(tmp_path):
         np.testing.assert_array_equal(b[np.arange(12)[:, None].repeat(40, 1)[valid], x[valid]], np.asarray(pair.image_a)[valid])
     splits = D.open_pairs(tmp_path, "stereo", seed=0)
     assert [len(getattr(splits, p)) for p in ("train", "val", "test")] == [2, 1, 1]
+    assert len({splits_of.name(i) for splits_of in (splits.train, splits.val, splits.test) for i in range(len(splits_of))}) == 4
     assert len(D.open_pairs(tmp_path, "stereo", limit=2).test) == 2 and len(D.open_pairs(tmp_path, "stereo", everything=True).test) == 4
     asymmetric = np.arange(480, dtype=np.float32).reshape(12, 40)
     write_pfm(tmp_path / "x.pfm", asymmetric)
@@ -366,6 +433,7 @@ def test_megadepth(tmp_path, scenes):
     splits = D.open_pairs(tmp_path, "megadepth", (10, 10, 10))
     world = splits.test.scenes
     assert {world.scene(s) for s, _, _ in splits.test.index} == {"0015", "0022"}
+    assert not {world.scene(s) for part in (splits.train, splits.val) for s, _, _ in part.index} & {"0015", "0022"}
     assert not {world.scene(s) for s, _, _ in splits.train.index} & {world.scene(s) for s, _, _ in splits.val.index} and len(splits.train) and len(splits.val)
     assert {(a, b) for _, a, b in splits.test.index} == {(0, 1), (1, 0)}  # photograph 2 shares nothing, 3 has no depth
     i = next(k for k, (s, a, b) in enumerate(splits.test.index) if world.scene(s) == "0015" and (a, b) == (0, 1))
@@ -376,6 +444,18 @@ def test_megadepth(tmp_path, scenes):
     (next(tmp_path.rglob("0015/dense0/depths")) / "0.h5").write_bytes(b"no")
     with pytest.raises(BrokenImage, match="0.h5"):
         splits.test[i]
+
+
+@pytest.mark.parametrize("weighted, share", [(True, 90 ** .25 / (90 ** .25 + 1056 ** .25)), (False, 90 / 1146)])
+def test_large_scenes_of_megadepth_count_less_in_training(weighted, share, monkeypatch):
+    class Sizes:
+        def model(self, i):
+            return (10, 33)[i], list(range((10, 33)[i])), []
+    monkeypatch.setattr("mae_repro.views.scene_data.overlap", lambda n: np.ones((n, n)))
+    counts = [sum(i == 0 for i, _, _ in D._overlapping(Sizes(), [0, 1], 200, .01, np.random.default_rng(seed), weighted)) for seed in range(20)]
+    assert abs(np.mean(counts) / 200 - share) < .02
+    drawn = D._overlapping(Sizes(), [0, 1], 200, .01, np.random.default_rng(0), weighted)
+    assert len(set(drawn)) == len(drawn) == 200 and all(a != b for _, a, b in drawn)
 
 
 @pytest.mark.skipif(not MOTORCYCLE.is_dir(), reason="needs data/multiview/middlebury_motorcycle_stereo of the shared folder")
@@ -558,6 +638,42 @@ def test_the_joint_clip_couples_heads():
     assert (both - free).abs().max() > 1e-5
 
 
+def test_the_joint_clip_by_hand():
+    "The gradient of the mean loss of all heads, cut to the length .01 of all their numbers together; so cut, a small head takes a smaller step than alone."
+    train, settings = toy_bank(0), [(1e-3, 0.), (1e-1, 0.)]
+    found = M.train_heads(train, toy_bank(1), (0, True), M.MatchConfig(steps=6, batch_size=4, lrs=(1e-3, 1e-1), weight_decays=(0.,), looks=1, drop=1.))
+    heads, order = M.Heads(16, 2), torch.Generator().manual_seed(0)
+    rule = M.HeadsAdamW(heads, *(torch.tensor(x) for x in zip(*settings)))
+    for _ in range(6):
+        rows = torch.randint(6, (4,), generator=order)
+        a, b = (x[rows] for x in train.features[0, True])
+        M.match_loss(M.log_probs(heads(a), heads(b)), train.classes[rows], train.valid[rows]).mean().backward()
+        length = sum(float((p.grad ** 2).sum()) for p in heads.parameters()) ** .5
+        assert length > .01
+        for p in heads.parameters():
+            p.grad *= .01 / length
+        rule.step()
+    k = [lr for lr, _ in settings].index(found.lr)
+    torch.testing.assert_close(found.heads.weight[0], heads.weight[k].detach(), atol=2e-5, rtol=0)
+
+
+def test_the_best_look_is_kept_not_the_last(monkeypatch):
+    epes, config = iter((5., 2., 9.)), M.MatchConfig(steps=9, batch_size=4, lrs=(1e-2,), weight_decays=(0.,), looks=3)
+    six = M.train_heads(toy_bank(0), toy_bank(1), (0, True), replace(config, steps=6, looks=1))
+    monkeypatch.setattr(M, "measure", lambda *_: torch.tensor([[[1., next(epes), 0, 0, 0, 0, 0, 0]]]))
+    found = M.train_heads(toy_bank(0), toy_bank(1), (0, True), config)
+    assert (found.step, found.epe) == (6, 2.) and torch.equal(found.heads.weight, six.heads.weight)
+
+
+@pytest.mark.parametrize("clip", [None, .01])
+def test_a_head_that_diverged_is_never_chosen_and_stops_no_other(clip):
+    config = M.MatchConfig(steps=60, lrs=(1e-2,), weight_decays=(.1,), looks=2, clip=clip)
+    both = M.train_heads(toy_bank(0), toy_bank(1), (0, True), replace(config, lrs=(1e30, 1e-2)))
+    assert both.lr == 1e-2 and np.isfinite(both.epe) and both.heads.weight.isfinite().all() and both.step == 60 and both.losses[:, 1].isfinite().all()
+    with pytest.raises(UserError, match="every head of the matching probe diverged: give lower --lrs than 1e\\+30$"):
+        M.train_heads(toy_bank(0), toy_bank(1), (0, True), replace(config, lrs=(1e30,)))
+
+
 def test_only_valid_places_are_learned_from():
     bank, heads = toy_bank(0), M.Heads(16, 1)
     logp = M.log_probs(*(heads(x).detach() for x in bank.features[0, True]))
@@ -594,6 +710,7 @@ def test_the_set_that_chooses(encoder, splits):
     chosen = {how: M.match(encoder, splits.train, splits.val, splits.test, replace(FAST, select=how, lrs=(1e-4, 1e-2), steps=40)) for how in ("val", "test")}
     linear = {how: r.rows[1] for how, r in chosen.items()}
     assert linear["test"].epe <= linear["val"].epe and abs(chosen["test"].trained[1].epe - linear["test"].epe) < 1e-6
+    assert chosen["val"].settings["train_pairs"] == len(splits.train) not in (len(splits.val), len(splits.test))
     assert chosen["val"].settings["chooser_pairs"] == len(splits.val) and chosen["test"].settings["chooser_pairs"] == len(splits.test)
     without = M.match(encoder, splits.train, None, splits.test, replace(FAST, select="test"))
     assert len(without.rows) == 2
@@ -613,7 +730,9 @@ def test_unreadable_pairs_are_left_out(encoder, caplog):
             return super().__getitem__(i)
     pairs = Broken(shifted_pair(p=8, n=4, seed=i) for i in range(3))
     row = M.match(encoder, None, None, pairs, replace(FAST, probe=False)).rows[0]
-    assert row.pairs == 2 and row.skipped == 1 and "b.png" in caplog.text
+    assert row.pairs == 2 and row.skipped == 1 and "b.png" in caplog.text and "2 (-1)" in M.format_table([row])
+    alone = M.match(encoder, None, None, Set([pairs[0]]), replace(FAST, probe=False)).rows[0]
+    assert alone.epe_interval is None and alone.robustness_interval is None and " -  " in M.format_table([alone]) and row.epe_interval[0] < row.epe_interval[1]
     whole = M.match(encoder, None, None, Set([pairs[0], pairs[2]]), replace(FAST, probe=False)).rows[0]
     assert abs(row.epe - whole.epe) < 1e-9
 
@@ -631,10 +750,17 @@ def test_no_pairs_is_one_line(encoder):
         M.match(encoder, None, None, Set(), replace(FAST, probe=False))
 
 
-@pytest.mark.parametrize("change", [dict(steps=0), dict(lrs=()), dict(lrs=(-1.,)), dict(temperature=0.), dict(norms=())])
+@pytest.mark.parametrize("change", [dict(steps=0), dict(lrs=()), dict(lrs=(-1.,)), dict(lrs=(1e-3, float("nan"))), dict(lrs=(float("inf"),)), dict(weight_decays=(float("nan"),)), dict(temperature=0.),
+                                    dict(temperature=float("nan")), dict(norms=()), dict(clip=0.), dict(looks=0), dict(batch_size=0)])
 def test_bad_settings(change):
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=f"^{next(iter(change))} ") as error:
         M.MatchConfig(**change)
+    assert "\n" not in str(error.value)
+
+
+def test_a_size_of_nothing_is_not_the_default(encoder, splits):
+    with pytest.raises(UserError, match="img_size 0"):
+        M.match(encoder, None, None, splits.test, replace(FAST, probe=False, img_size=(0, 0)))
 
 
 def test_figure(encoder, splits):

@@ -163,14 +163,22 @@ def test_views_are_encoded_alone():
 def test_checkpointing_changes_nothing_but_what_is_kept(name):
     config = CONFIGS[name]
     model, views = config.build().train(), views_of(config)
-    losses = []
+    losses, kept = [], []
     for on in (False, True):
         model.set_grad_checkpointing(on)
         model.zero_grad()
-        loss = model(views, generator=torch.Generator().manual_seed(5)).loss
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            loss = model(views, generator=torch.Generator().manual_seed(5)).loss
+        kept.append(sum(sizes))
         loss.backward()
         losses.append((loss.item(), model.encoder.blocks[0].attn.qkv.weight.grad.clone(), model.decoder.mask_token.grad.clone()))
     assert losses[0][0] == losses[1][0] and all(torch.allclose(a, b, atol=1e-7) for a, b in zip(losses[0][1:], losses[1][1:]))
+    model.decoder.set_grad_checkpointing(False)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        model(views, generator=torch.Generator().manual_seed(5))
+    assert kept[1] < sum(sizes) < kept[0], "both the encoder's and the decoder's activations are let go"
 
 
 def test_attention_weights_agree_with_the_fused_path():

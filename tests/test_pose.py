@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mae_repro.evaluation.pair_data import depth_warp
+from mae_repro.evaluation import pose
+from mae_repro.evaluation.pair_data import depth_warp, posed_splits
 from mae_repro.evaluation.pose import (PoseConfig, PoseHead, compare_pose, epipolar_lines, essential, fit_pose, format_table, judge, overlap, patch_tokens, pose_auc, pose_errors, pose_figure,
-                                       pose_loss, rays_of, read_views, relative_pose, rotation_from_6d, split_scenes)
+                                       pose_loss, pose_scenes, rays_of, read_views, relative_pose, rotation_from_6d)
 from mae_repro.parts.encoder import Encoder
 from mae_repro.parts.model import initialise_mae
 from mae_repro.parts.weights import UserError
@@ -36,7 +37,7 @@ class Moving:
 
     def __init__(self, num=12, frames=6, broken=False, moves=True):
         rand = np.random.default_rng(0)
-        self.angle, self.broken, self.moves = rand.uniform(-.3, .3, (num, frames)), broken, moves
+        self.angle, self.lost, self.moves = rand.uniform(-.3, .3, (num, frames)), {(0, 3)} if broken else set(), moves
 
     def __len__(self):
         return len(self.angle)
@@ -48,8 +49,8 @@ class Moving:
         return self.angle.shape[1]
 
     def frame(self, i, k):
-        if self.broken and (i, k) == (0, 3):
-            raise BrokenImage("scene 0, frame 3", "is not a picture")
+        if (i, k) in self.lost:
+            raise BrokenImage(f"scene {i}, frame {k}", "is not a picture")
         angle, f = self.angle[i, k], 60.
         x = 31.5 + f * np.tan(angle)
         pixels = np.clip(255 - 12 * np.abs(np.arange(64) - x), 0, 255)
@@ -179,18 +180,66 @@ def test_pairs_motion_and_draws():
         read_views(Moving(2, moves=False), [0], 16, CONFIG, progress=False)
 
 
-def test_an_unreadable_picture_is_skipped(caplog):
+def test_pairs_are_drawn_both_ways_round():
+    views = read_views(Moving(3), range(3), 16, CONFIG, progress=False)
+    drawn = views.draw(1000, np.random.default_rng(0))
+    assert .4 < (drawn[:, 0] < drawn[:, 1]).mean() < .6
+    small = views.draw(len(views.pairs), np.random.default_rng(1))                # without replacement too
+    assert .2 < (small[:, 0] < small[:, 1]).mean() < .8 and len({tuple(sorted(pair)) for pair in small.tolist()}) == len(views.pairs)
+
+
+def test_unreadable_pictures_are_skipped_wherever_they_are(caplog):
     views = read_views(Moving(2, broken=True), [0], 16, CONFIG, progress=False)
-    assert len(views.pixels) == 5 and "frame 3" in caplog.text
+    assert len(views.pixels) == 5 and "frame 3" in caplog.text and views.scene.tolist() == [0] * 5
+    scenes, test = Moving(4), Moving(2)
+    test.lost = {(0, 0), (0, 5)}                                                  # the ends of the first test scene
+    found = compare_pose(small_encoder(), scenes, test, config=CONFIG, progress=False)
+    a, b = found.example
+    for frame, k in ((a, 1), (b, 4)):
+        assert np.array_equal(np.array(frame.image), np.array(test.frame(0, k).image))
+        np.testing.assert_allclose(np.r_[frame.R.ravel(), frame.t, frame.K.ravel()], np.r_[test.frame(0, k).R.ravel(), test.frame(0, k).t, test.frame(0, k).K.ravel()])
+    assert len(pose_figure(found.rows, (a, b, *found.reader(a, b))).axes) == 3
 
 
 def test_scenes_are_split_without_meeting():
     for count in (3, 4, 10, 57):
-        parts = split_scenes(count, CONFIG)
+        parts = pose_scenes(count, 0)
         assert sorted(sum(parts, [])) == list(range(count)) and all(parts)
-    assert split_scenes(10, CONFIG, test=False)[2] == [] and split_scenes(10, CONFIG) == split_scenes(10, CONFIG) != split_scenes(10, replace(CONFIG, seed=1))
+    assert pose_scenes(10, 0) == pose_scenes(10, 0) != pose_scenes(10, 1)
+    for count in (2, 3, 10):
+        train, val, test = pose_scenes(count, 0, test=False)
+        assert sorted(train + val) == list(range(count)) and train and val and test == []
     with pytest.raises(UserError, match="at least 3"):
-        split_scenes(2, CONFIG)
+        pose_scenes(2, 0)
+    scenes = RenderedScenes(6, 4, 32, seed=1)                                     # match and pose ask about the same scenes
+    assert {i for i, _, _ in posed_splits(scenes, (0, 0, 12), (.05, 1.), seed=4).test.index} == set(pose_scenes(6, 4)[2])
+
+
+def test_training_validation_and_test_see_different_scenes(monkeypatch):
+    fit, judged = [], []
+    monkeypatch.setattr(pose, "fit_pose", lambda encoder, train, val, *more: fit.append((train, val)) or fit_pose(encoder, train, val, *more))
+    monkeypatch.setattr(pose, "judge", lambda name, said, truth, scene, *more: judged.append(scene) or judge(name, said, truth, scene, *more))
+    compare_pose(small_encoder(), Moving(10), config=CONFIG, progress=False)
+    train, val = (set(views.scene.tolist()) for views in fit[0])
+    test = set(np.concatenate(judged).tolist())
+    assert (sorted(train), sorted(val)) == pose_scenes(10, 0)[:2] and test and not train & val and not (train | val) & test
+    fit.clear()
+    compare_pose(small_encoder(), Moving(10), Moving(2), config=CONFIG, progress=False)
+    train, val = (set(views.scene.tolist()) for views in fit[0])
+    assert train | val == set(range(10)) and not train & val
+
+
+def test_the_best_head_is_kept_not_the_last():
+    encoder, scenes = small_encoder(), Moving(6)
+    train = read_views(scenes, range(6), 16, CONFIG, progress=False)
+    val = replace(train, R=train.R.swapaxes(1, 2), t=-train.t)                    # what training teaches is wrong here: the error must grow
+    for tune in (False, True):
+        config = replace(CONFIG, steps=30, eval_every=1, lr=3e-3, val_pairs=20, tune=tune)
+        reader, history = fit_pose(encoder, train, val, config, progress=False)
+        errors = [h["val"] for h in history]
+        assert errors[-1] > min(errors) + 1                                       # else last and best cannot be told apart
+        pairs = val.draw(config.val_pairs, np.random.default_rng((config.seed, 2)))
+        assert np.median(np.maximum(*pose_errors(*reader.read(val, pairs), *val.motion(pairs)))) == pytest.approx(min(errors), abs=1e-3)
 
 
 def test_same_seed_same_head_and_the_encoder_is_left_alone():
@@ -234,17 +283,29 @@ def test_rendered_scenes_end_to_end():
         np.testing.assert_allclose(said, expected[0], atol=1e-5)
 
 
-def test_intervals_hold_the_value():
-    rand = np.random.default_rng(0)
+def test_intervals_come_from_scenes():
+    rand, scene = np.random.default_rng(0), np.repeat(np.arange(20), 10)
+    angles = rand.gamma(3, .03, 20)[scene] + rand.gamma(1, .01, 200)              # pairs of one scene are alike
     truth = np.stack([np.eye(3)] * 200), np.tile([1., 0, 0], (200, 1))
-    said = np.stack([turn((0, 1, 0), a) for a in rand.gamma(1.5, .1, 200)]), truth[1]
-    row = judge("x", said, truth, replace(CONFIG, samples=400))
+    said = np.stack([turn((0, 1, 0), a) for a in angles]), truth[1]
+    config = replace(CONFIG, samples=400)
+    row = judge("x", said, truth, scene, config)
     for value, low, high in (*row.auc, row.rotation, row.error):
         assert low < value < high
-    assert row.translation == pytest.approx((0, 0, 0), abs=1e-5) and row.auc[2][0] == pytest.approx(by_hand(row.errors, 20), abs=1e-4)
+    assert row.translation == pytest.approx((0, 0, 0), abs=1e-5) and row.auc[2][0] == pytest.approx(by_hand(row.errors, 20), abs=1e-4) and (row.pairs, row.scenes) == (200, 20)
+    assert row.error[0] == pytest.approx(np.degrees(np.median(angles)), abs=1e-6)
+    alone = judge("x", said, truth, np.arange(200), config)                       # as if each pair had a scene of its own: too narrow
+    assert row.auc[2][2] - row.auc[2][1] > 2 * (alone.auc[2][2] - alone.auc[2][1])
+    means = [np.mean(1 - np.degrees(np.concatenate([angles[10 * i:10 * i + 10] for i in rand.integers(20, size=20)])).clip(0, 20) / 20) for _ in range(2000)]
+    np.testing.assert_allclose(row.auc[2][1:], np.quantile(means, (.025, .975)), atol=.03)
+    single = judge("x", said, truth, np.zeros(200, int), config)
+    assert np.isnan(single.auc[0][1:]).all() and np.isnan(single.error[1:]).all() and single.error[0] == row.error[0]
+    said = format_table([single])
+    assert f"{row.error[0]:.1f} -" in said and "[" not in said and "nan" not in said and "200 pairs of 1 scene;" in said
 
 
-@pytest.mark.parametrize("change, said", [(dict(img_size=60), "img_size 60 is not a multiple"), (dict(steps=0), "at least 1"), (dict(batch_size=0), "at least 1")])
+@pytest.mark.parametrize("change, said", [(dict(img_size=60), "img_size 60 is not a multiple"), (dict(steps=0), "at least 1"), (dict(batch_size=0), "at least 1"),
+                                          (dict(img_size=0), "img_size 0 is not"), (dict(seed=-1), "seed -1 not negative"), (dict(dim=30, num_heads=4), "dim 30")])
 def test_bad_settings(change, said):
     with pytest.raises(UserError, match=said):
         compare_pose(small_encoder(), Moving(4), config=replace(CONFIG, **change), progress=False)

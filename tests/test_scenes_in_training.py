@@ -29,6 +29,7 @@ from mae_repro.views.mixture import Mixture, SceneViews
 from mae_repro.views.pairs import drawn
 from mae_repro.views.photos import BrokenImage
 from mae_repro.views.samples import GroupBatches, Views, loader
+from mae_repro.views.scene_data import TABLE_1
 from mae_repro.views.videos import FrameFolders
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -250,6 +251,64 @@ def test_built_in_scenes():
     config = recipe("mum-tiny")
     source = open_source(replace(config.data, limit=2), config.views, (16, 24), 8)
     assert drawn(source, 0, num_views=8).shape == (8, 3, 16, 24) and drawn(source, 0, num_views=0).shape == (1, 3, 16, 24)
+
+
+def test_frames_are_resized_as_published(frames):
+    source = SceneViews(FrameFolders(np.array([b"00"]), str(frames)), img_size=8)
+    assert source._crop.interpolation == "bicubic" and source._crop._crop.interpolation.value == "bicubic"
+
+
+def test_sequences_are_cut_as_the_config_says(tmp_path, caplog):
+    for i in range(2):
+        (tmp_path / f"PID{i}/blended_images").mkdir(parents=True)
+        for t in range(230):
+            (tmp_path / f"PID{i}/blended_images/{t:08d}.jpg").touch()
+    (tmp_path / "BlendedMVS_training.txt").write_text("PID0\nPID1\n")
+    config = config_of("mum", tmp_path, views__min_frames=24)
+    sizes = lambda **changes: sorted(open_source(config.data, replace(config.views, **changes), 16, 5).sources[0].sequences.sizes.tolist())
+    assert sizes() == [230, 230] and sizes(sequences="paper") == [100, 100, 130, 130] and sizes(chunk=60) == [60, 60, 60, 60, 110, 110]
+    caplog.clear()
+    assert sizes(chunk=60, min_frames=100) == [110, 110] and "4 of 6 sequences" in caplog.text, "what is left out is said"
+
+
+def test_weights_of_table_1_unless_given(frames, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"CO3D/{name}/scenes/scene_000/rgb").mkdir(parents=True)
+        for t in range(8):
+            Image.new("RGB", (20, 20)).save(tmp_path / f"CO3D/{name}/scenes/scene_000/rgb/{t:05d}.png")
+    config = config_of("mum", None, data__mixture=(f"wildrgbd:{tmp_path / 'CO3D'}", f"frames:{frames}:3", f"frames:{frames}"))
+    assert open_source(config.data, config.views, 16, 5).weights == (TABLE_1["wildrgbd"], 3., 10.)
+    monkey = TABLE_1["wildrgbd"]
+    try:
+        TABLE_1["wildrgbd"] = 7.5
+        assert open_source(config.data, config.views, 16, 5).weights[0] == 7.5
+    finally:
+        TABLE_1["wildrgbd"] = monkey
+
+
+def test_nothing_but_the_camera_moves_in_built_in_scenes():
+    config = recipe("mum-tiny")
+    scenes = open_source(replace(config.data, limit=1), config.views, 16, 8).sources[0].sequences
+    world = scenes.scene(0).world
+    assert scenes.still and (world.position == world.position[:1]).all() and (world.rotation == world.rotation[:1]).all() and not (world.R == world.R[:1]).all()
+
+
+def test_own_scenes_without_images_give_single_frames(frames):
+    config = config_of("mum", frames)
+    assert open_source(config.data, config.views, 16, 5).single is None
+    assert open_source(replace(config.data, root=None, limit=1), config.views, 16, 5).single is not None
+
+
+def test_data_may_move_between_stop_and_resume(frames, tmp_path):
+    mixture = lambda root, weight="": (f"frames:{root}{weight}",)
+    a, b = (config_of("mum", None, data__mixture=mixture(root)) for root in (frames, tmp_path))
+    assert P.fingerprint(a) == P.fingerprint(b) != P.fingerprint(config_of("mum", None, data__mixture=mixture(frames, ":3")))
+    run = P.pretrain(replace_in(a, "optim.stop_epochs", 1), tmp_path / "run", progress=False)
+    (run / "summary.json").unlink()
+    with pytest.raises(UserError, match="missing"):
+        P.resume(run, progress=False, mixture=mixture(tmp_path / "nowhere"))
+    P.resume(run, progress=False, mixture=mixture(frames))
+    assert (run / "summary.json").is_file()
 
 
 @pytest.mark.parametrize("changes, says", [

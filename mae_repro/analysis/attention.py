@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['log', 'attention_names', 'record', 'keys_by_view', 'meets_views', 'as_views', 'cross_view_maps', 'cross_view_figure',
-           'LayerError', 'places_of', 'true_places', 'attention_errors', 'format_errors', 'attention_distance',
-           'with_prefix', 'attention_entropy', 'rollout', 'Talk', 'talk_masses', 'who_talks', 'summed_over_maps',
-           'format_talks', 'talk_figure']
+           'LayerError', 'places_of', 'true_places', 'readable_pairs', 'attention_errors', 'format_errors',
+           'attention_distance', 'with_prefix', 'attention_entropy', 'rollout', 'Talk', 'talk_masses', 'who_talks',
+           'summed_over_maps', 'format_talks', 'talk_figure']
 
-# %% ../../nbs/analysis/51_attention.ipynb #0d28ed1b
+# %% ../../nbs/analysis/51_attention.ipynb #69ab1871
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# %% ../../nbs/analysis/51_attention.ipynb #ee264267
+# %% ../../nbs/analysis/51_attention.ipynb #9c48d3ce
 from ..evaluation.pair_data import depth_warp
 from ..parts.attention import Attention, CrossAttention, attention_weights
 from ..parts.decoders import AlternatingDecoder, RestoreDecoder
@@ -35,10 +36,10 @@ from ..parts.weights import UserError
 from ..views.photos import BrokenImage, EvalCrop
 from ..views.posed import PosedFrame, PosedScenes
 
-# %% ../../nbs/analysis/51_attention.ipynb #beecd3af
+# %% ../../nbs/analysis/51_attention.ipynb #4816e0af
 log = logging.getLogger(__name__)
 
-# %% ../../nbs/analysis/51_attention.ipynb #6f104399
+# %% ../../nbs/analysis/51_attention.ipynb #8448bf88
 def _timm_kind(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in ("qkv", "q_norm", "k_norm", "num_heads", "fused_attn"))
 
@@ -61,7 +62,7 @@ def attention_names(model: nn.Module, blocks: Sequence[str | int] | None = None)
         chosen.update(these)
     return [name for name in found if name in chosen]
 
-# %% ../../nbs/analysis/51_attention.ipynb #993bb136
+# %% ../../nbs/analysis/51_attention.ipynb #744d2281
 def _queries_and_keys(module: nn.Module, given: tuple, named: dict) -> tuple[Tensor, Tensor]:
     "Queries (B, h, t, d) and keys (B, h, s, d) of one call of an attention module."
     if isinstance(module, (Attention, CrossAttention)):
@@ -71,7 +72,7 @@ def _queries_and_keys(module: nn.Module, given: tuple, named: dict) -> tuple[Ten
     q, k, _ = rearrange(module.qkv(given[0]), "b t (three h d) -> three b h t d", three=3, h=module.num_heads)
     return module.q_norm(q), module.k_norm(k)
 
-# %% ../../nbs/analysis/51_attention.ipynb #b6b5dfde
+# %% ../../nbs/analysis/51_attention.ipynb #5836c1da
 @contextmanager
 def record(model: nn.Module, blocks: Sequence[str | int] | None = None, heads: Sequence[int] | None = None, queries: Sequence[int] | None = None,
            reduce: Callable[[str, Tensor], Tensor] | None = None) -> Iterator[dict[str, list[Tensor]]]:
@@ -103,7 +104,7 @@ def record(model: nn.Module, blocks: Sequence[str | int] | None = None, heads: S
         for hook in hooks:
             hook.remove()
 
-# %% ../../nbs/analysis/51_attention.ipynb #0c7e0e9d
+# %% ../../nbs/analysis/51_attention.ipynb #7cb2f15c
 def keys_by_view(weights: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
     "Weights (..., s) over v * (prefix + L) keys, in the order of views -> (..., v, gh, gw), those of patches. ValueError if s does not fit."
     each = prefix + grid[0] * grid[1]
@@ -124,7 +125,7 @@ def as_views(frames: Sequence[PosedFrame]) -> Tensor:
     "Pictures of frames of one size, normalised: (V, 3, H, W)."
     return normalise(torch.stack([torch.from_numpy(np.array(f.image.convert("RGB"))).permute(2, 0, 1) for f in frames]))
 
-# %% ../../nbs/analysis/51_attention.ipynb #c9413ce0
+# %% ../../nbs/analysis/51_attention.ipynb #9df70239
 @torch.no_grad()
 def cross_view_maps(model: MaskedAutoencoder, views: Tensor, patches: Sequence[int] | None = None, view: int = 0, heads: Sequence[int] | None = None) -> dict[str, Tensor]:
     """What patches of one view read in all views, for each block in which views meet: name -> (n, heads, V, gh, gw), with zeros for views that a block cannot read.
@@ -146,7 +147,7 @@ def cross_view_maps(model: MaskedAutoencoder, views: Tensor, patches: Sequence[i
     found = {name: rearrange(keys_by_view(kept[0], grid, prefix), "1 h n v gh gw -> n h v gh gw") for name, kept in maps.items()}
     return {name: nn.functional.pad(x, (0, 0, 0, 0, 1, 0)) for name, x in found.items()} if crossing else found
 
-# %% ../../nbs/analysis/51_attention.ipynb #821bda2b
+# %% ../../nbs/analysis/51_attention.ipynb #ded3909c
 def cross_view_figure(views: Sequence[np.ndarray], maps: dict[str, Tensor], patch: int, view: int = 0, i: int = 0):
     "Pictures uint8 (H, W, 3) of the views, the query patch framed, and below them what row i of each of `maps` (see cross_view_maps) reads there: mean over heads, one scale a row, arg-max marked."
     import matplotlib.pyplot as plt
@@ -171,17 +172,21 @@ def cross_view_figure(views: Sequence[np.ndarray], maps: dict[str, Tensor], patc
     plt.close(figure)
     return figure
 
-# %% ../../nbs/analysis/51_attention.ipynb #f210b5c5
+# %% ../../nbs/analysis/51_attention.ipynb #db844082
 @dataclass(frozen=True)
 class LayerError:
-    "Mean distance in patches from the arg-max of attention to the truth, over `patches` patches of `pairs` pairs of frames; low, high: 95 % of resamplings of the pairs. Names may be controls."
+    """Mean distance in patches from the arg-max of attention to the truth, over `patches` patches of `pairs` pairs of frames of `scenes` scenes. Names may be controls.
+
+    low, high: 95 % of resamplings of the scenes, each with all of its pairs; nan for one scene. skipped: pairs of which a frame could not be read."""
     name: str
     error: float
     low: float
     high: float
     within_one: float
     pairs: int
+    scenes: int
     patches: int
+    skipped: int
 
 
 def places_of(grid: tuple[int, int]) -> Tensor:
@@ -197,40 +202,65 @@ def true_places(a: PosedFrame, b: PosedFrame, grid: tuple[int, int]) -> tuple[Te
     xy = torch.from_numpy((warp + 1) / 2 * np.array(grid[::-1]) - .5).float().flatten(0, 1)
     return xy.flip(-1), torch.from_numpy(valid).flatten()
 
-# %% ../../nbs/analysis/51_attention.ipynb #f4496aee
+# %% ../../nbs/analysis/51_attention.ipynb #1b7e851f
+def readable_pairs(scenes: PosedScenes, pairs: Sequence[tuple[int, int, int]], img_size: int) -> Iterator[tuple[int, PosedFrame, PosedFrame]]:
+    "Scene and two frames, squeezed to img_size, of `pairs` (scene, frame a, frame b); those that cannot be read are left out, with a warning."
+    for scene, *two in pairs:
+        try:
+            yield scene, *(scenes.frame(scene, k).resized((img_size, img_size)) for k in two)
+        except BrokenImage as error:
+            log.warning("skipped: %s", error)
+
+
 def attention_errors(model: MaskedAutoencoder, scenes: PosedScenes, pairs: Sequence[tuple[int, int, int]], img_size: int, moved: float = 0., samples: int = 1000, seed: int = 0,
                      progress: bool = True) -> list[LayerError]:
-    "Errors of every block in which views meet, and of two controls, on `pairs` (scene, frame a, frame b), squeezed to img_size; only patches that went `moved` patches or further. UserError as cross_view_maps, without depth, or if no such patch is seen twice."
-    size, patch, device = (img_size, img_size), encoder_patch_size(model.encoder), next(model.parameters()).device
-    grid, found = grid_size(size, patch), []
+    """Errors of every block in which views meet, and of two controls, on `pairs` (scene, frame a, frame b); only patches that went `moved` patches or further. Unreadable pairs are skipped and counted.
+
+    UserError as cross_view_maps, without depth, if no pair can be read or no such patch is seen twice, for a negative seed."""
+    _not_negative(seed)
+    device, grid, read, found = next(model.parameters()).device, grid_size((img_size, img_size), encoder_patch_size(model.encoder)), 0, []
     where = places_of(grid)
-    for scene, one, two in tqdm(pairs, "pairs", leave=False, disable=None if progress else True):
-        a, b = (scenes.frame(scene, k).resized(size) for k in (one, two))
+    for scene, a, b in tqdm(readable_pairs(scenes, pairs, img_size), "pairs", len(pairs), leave=False, disable=None if progress else True):
         truth, seen = true_places(a, b, grid)
         guess = {name: where[x.mean(1)[:, 1].flatten(1).argmax(1).cpu()] for name, x in cross_view_maps(model, as_views([a, b]).to(device)).items()}
         away = {name: (place - truth).norm(dim=-1) for name, place in (guess | {"same place": where}).items()}
         away["any place"] = torch.cdist(truth, where).mean(1)
         seen &= away["same place"] >= moved
-        found.append({name: x[seen] for name, x in away.items()})
-    found = [x for x in found if len(x["same place"])]
+        read += 1
+        if seen.any():
+            found.append((scene, {name: x[seen] for name, x in away.items()}))
+    if not read:
+        raise UserError(f"none of the {len(pairs)} pairs of frames could be read")
     if not found:
         raise UserError("no patch of these pairs is seen in both frames" + f" and went {moved:g} patches or further" * (moved > 0) + ": choose other frames")
-    draws = torch.randint(len(found), (samples, len(found)), generator=torch.Generator().manual_seed(seed))
-    return [_layer_error(name, [x[name] for x in found], draws) for name in found[0]]
+    return [_layer_error(name, [i for i, _ in found], [x[name] for _, x in found], len(pairs) - read, samples, seed) for name in found[0][1]]
+
+# %% ../../nbs/analysis/51_attention.ipynb #49c12d94
+def _not_negative(seed: int):
+    "UserError for a seed that a random generator does not take."
+    if seed < 0:
+        raise UserError(f"seed {seed} must not be negative")
 
 
-def _layer_error(name: str, away: list[Tensor], draws: Tensor) -> LayerError:
-    total, count = torch.tensor([x.sum() for x in away]), torch.tensor([float(len(x)) for x in away])
-    low, high = torch.quantile(total[draws].sum(1) / count[draws].sum(1), torch.tensor([.025, .975])).tolist()
-    return LayerError(name, (total.sum() / count.sum()).item(), low, high, (torch.cat(away) <= 1).float().mean().item(), len(away), int(count.sum()))
+def _layer_error(name: str, scene: list[int], away: list[Tensor], skipped: int, samples: int, seed: int) -> LayerError:
+    ids = sorted(set(scene))
+    total, count = (torch.tensor([float(sum(f(x) for i, x in zip(scene, away) if i == one)) for one in ids]) for f in (torch.sum, len))
+    draws = torch.randint(len(ids), (samples, len(ids)), generator=torch.Generator().manual_seed(seed))
+    low, high = torch.quantile(total[draws].sum(1) / count[draws].sum(1), torch.tensor([.025, .975])).tolist() if len(ids) > 1 else (math.nan, math.nan)
+    return LayerError(name, (total.sum() / count.sum()).item(), low, high, (torch.cat(away) <= 1).float().mean().item(), len(away), len(ids), int(count.sum()), skipped)
+
+
+def _ends(low: float, high: float, digits: int) -> str:
+    return "-" if math.isnan(low) else f"[{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def format_errors(rows: Sequence[LayerError]) -> str:
-    "Errors as text."
-    lines = [f"{r.name:32}{f'{r.error:.2f} [{r.low:.2f}, {r.high:.2f}]':>20}{r.within_one:14.0%}" for r in rows]
-    return "\n".join([f"{'arg-max of attention':32}{'error in patches':>20}{'within one':>14}", *lines, f"{rows[0].patches} patches of {rows[0].pairs} pairs, 95 % intervals over pairs"])
+    "Errors as text; -: one scene has no interval."
+    lines = [f"{r.name:32}{f'{r.error:.2f} {_ends(r.low, r.high, 2)}':>20}{r.within_one:14.0%}" for r in rows]
+    about = f"{rows[0].patches} patches of {rows[0].pairs} pairs of {rows[0].scenes} scene{'s' * (rows[0].scenes != 1)}" + ", 95 % intervals over scenes" * (rows[0].scenes > 1)
+    return "\n".join([f"{'arg-max of attention':32}{'error in patches':>20}{'within one':>14}", *lines, about + f"; {rows[0].skipped} pairs could not be read" * (rows[0].skipped > 0)])
 
-# %% ../../nbs/analysis/51_attention.ipynb #3f2081a7
+# %% ../../nbs/analysis/51_attention.ipynb #b4c1d2c2
 def attention_distance(weights: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     """Mean distance (..., t) of weights (..., t, s) from places of queries (t, 2) to places of keys (s, 2), in their units; keys whose place is nan (class tokens) do not count.
 
@@ -257,12 +287,13 @@ def rollout(maps: Sequence[Tensor]) -> Tensor:
         out = (weights.mean(1) + torch.eye(weights.shape[-1], device=weights.device)) / 2 @ out
     return out
 
-# %% ../../nbs/analysis/51_attention.ipynb #56dddfd2
+# %% ../../nbs/analysis/51_attention.ipynb #ccfcfe5f
 @dataclass(frozen=True)
 class Talk:
-    """What mask tokens read in one block of a decoder, means over heads and images with 95 % intervals (value, low, high) over images.
+    """What mask tokens read in one block of a decoder, means over heads and images with 95 % intervals (value, low, high) over images; low, high: nan for one image.
 
-    per_pair_*: mean weight of one mask token on one mask token (itself included), on one visible token (class tokens included). total_*: all of its weight on such tokens. masked, visible: how many tokens there are of each; heads: of the block."""
+    per_pair_*: mean weight of one mask token on one mask token (itself included), on one visible token (class tokens included). total_*: all of its weight on such tokens.
+    masked, visible: how many tokens there are of each; heads: of the block; skipped: images that could not be read."""
     name: str
     per_pair_mask: tuple[float, float, float]
     per_pair_visible: tuple[float, float, float]
@@ -272,8 +303,9 @@ class Talk:
     visible: int
     heads: int
     images: int
+    skipped: int
 
-# %% ../../nbs/analysis/51_attention.ipynb #323e4450
+# %% ../../nbs/analysis/51_attention.ipynb #d8eecc3c
 def talk_masses(weights: Tensor, hidden: Tensor, prefix: int) -> Tensor:
     "Weight that mask tokens give to mask tokens and to all others, means over heads and mask tokens: (B, 2) of weights (B, h, prefix + L, prefix + L), hidden (B, L)."
     masked = nn.functional.pad(hidden, (prefix, 0)).to(weights)
@@ -281,15 +313,18 @@ def talk_masses(weights: Tensor, hidden: Tensor, prefix: int) -> Tensor:
     on_masked = (rows * masked).sum(1) / masked.sum(1)
     return torch.stack([on_masked, 1 - on_masked], dim=1)
 
-# %% ../../nbs/analysis/51_attention.ipynb #c72324f0
+# %% ../../nbs/analysis/51_attention.ipynb #1246ce2a
 @torch.no_grad()
 def who_talks(model: MaskedAutoencoder, images, img_size: int | None = None, batch_size: int = 16, samples: int = 1000, seed: int = 0, progress: bool = True) -> list[Talk]:
     """For every self-attention block of a decoder that restores one view (MAE's), over an image set: masks drawn by the model's own rule from `seed`. Each map is reduced at once, so memory does not grow with images or blocks.
 
-    UserError for a decoder without such blocks, or if no image can be read."""
+    Unreadable images are skipped and counted. UserError for a decoder without such blocks, if no image can be read, a size that does not fit, a negative seed."""
     if not isinstance(model.decoder, RestoreDecoder) or meets_views(model):
         raise UserError("who talks to whom is asked of mask tokens beside visible ones in one view: give a model with MAE's decoder (mae-tiny)")
-    device, size, prefix = next(model.parameters()).device, img_size or model.encoder.img_size, model.encoder.num_prefix_tokens
+    _not_negative(seed)
+    device, size, prefix, patch = next(model.parameters()).device, model.encoder.img_size if img_size is None else img_size, model.encoder.num_prefix_tokens, model.encoder.patch_size
+    if batch_size < 1 or np.min(size) < 1 or np.any(np.mod(size, patch)):
+        raise UserError(f"img_size {size} must be a multiple of the patch_size {patch}, and batch_size {batch_size} at least 1")
     crop, generator, found, read, heads = EvalCrop(size), torch.Generator().manual_seed(seed), {}, 0, {}
     for start in tqdm(range(0, len(images), batch_size), "images", leave=False, disable=None if progress else True):
         batch = list(_crops(images, range(start, min(start + batch_size, len(images))), crop))
@@ -310,9 +345,9 @@ def who_talks(model: MaskedAutoencoder, images, img_size: int | None = None, bat
         raise UserError(f"none of the {len(images)} images could be read")
     hidden, draws = int(masks.hidden[0, 0].sum()), torch.randint(read, (samples, read), generator=torch.Generator().manual_seed(seed))
     counts = torch.tensor([hidden, masks.hidden.shape[-1] - hidden + prefix])
-    return [Talk(name, *_triples(torch.cat(x) / counts, draws), *_triples(torch.cat(x), draws), *counts.tolist(), heads[name], read) for name, x in found.items()]
+    return [Talk(name, *_triples(torch.cat(x) / counts, draws), *_triples(torch.cat(x), draws), *counts.tolist(), heads[name], read, len(images) - read) for name, x in found.items()]
 
-# %% ../../nbs/analysis/51_attention.ipynb #1d1eb89d
+# %% ../../nbs/analysis/51_attention.ipynb #f439be94
 def _crops(images, ids: Sequence[int], crop: EvalCrop) -> Iterator[Tensor]:
     for i in ids:
         try:
@@ -323,7 +358,7 @@ def _crops(images, ids: Sequence[int], crop: EvalCrop) -> Iterator[Tensor]:
 
 def _triples(x: Tensor, draws: Tensor) -> list[tuple[float, float, float]]:
     "(value, low, high) of each column of x (N, c)."
-    ends = torch.quantile(x[draws].mean(1), torch.tensor([.025, .975]), dim=0)
+    ends = torch.quantile(x[draws].mean(1), torch.tensor([.025, .975]), dim=0) if len(x) > 1 else torch.full((2, x.shape[1]), torch.nan)
     return [(float(m), float(low), float(high)) for m, low, high in zip(x.mean(0), *ends)]
 
 
@@ -331,16 +366,18 @@ def summed_over_maps(talks: Sequence[Talk]) -> tuple[float, float]:
     "Per-pair means summed over all blocks and heads, of mask tokens on mask tokens and on visible ones: the unit that fits CrossMAE's 0.39 and 1.42 (our hypothesis)."
     return tuple(sum(getattr(t, name)[0] * t.heads for t in talks) for name in ("per_pair_mask", "per_pair_visible"))
 
-# %% ../../nbs/analysis/51_attention.ipynb #56b52233
+# %% ../../nbs/analysis/51_attention.ipynb #4bb33a37
 def format_talks(talks: Sequence[Talk]) -> str:
-    "What mask tokens read, as text, and the sum that fits CrossMAE's numbers."
+    "What mask tokens read, as text (-: one image has no interval), and the sum that fits CrossMAE's numbers."
     names = ("per_pair_mask", "per_pair_visible", "total_mask", "total_visible")
-    lines = [f"{t.name:32}" + "".join(f"{'{:.4f} [{:.4f}, {:.4f}]'.format(*getattr(t, name)):>28}" for name in names) for t in talks]
+    text = lambda value, low, high: f"{value:.4f} {_ends(low, high, 4)}"
+    lines = [f"{t.name:32}" + "".join(f"{text(*getattr(t, name)):>28}" for name in names) for t in talks]
+    about = f"{talks[0].images} image{'s' * (talks[0].images != 1)}" + ", 95 % intervals over them" * (talks[0].images > 1) + f"; {talks[0].skipped} could not be read" * (talks[0].skipped > 0)
     on_mask, on_visible = summed_over_maps(talks)
     return "\n".join([f"{'weight of mask tokens':32}{'on one mask token':>28}{'on one visible token':>28}{'on all mask tokens':>28}{'on all visible tokens':>28}", *lines,
-                      f"one pair, summed over {sum(t.heads for t in talks)} maps: {on_mask:.3f} and {on_visible:.3f}; {talks[0].masked} mask and {talks[0].visible} visible tokens; {talks[0].images} images, 95 % intervals over them"])
+                      f"one pair, summed over {sum(t.heads for t in talks)} maps: {on_mask:.3f} and {on_visible:.3f}; {talks[0].masked} mask and {talks[0].visible} visible tokens; {about}"])
 
-# %% ../../nbs/analysis/51_attention.ipynb #3ff64416
+# %% ../../nbs/analysis/51_attention.ipynb #02fbd225
 def talk_figure(talks: Sequence[Talk]):
     "Both scalings by block, with intervals."
     import matplotlib.pyplot as plt

@@ -122,7 +122,7 @@ def _logits(heads: AttentiveHeads, x: Tensor, device: str | torch.device) -> Ten
 # %% ../../nbs/evaluation/61_attentive.ipynb #1ba3b2e8
 def attentive_predict(train_x: Tensor, train_y: Tensor, test_x: Tensor, config: AttentiveConfig = AttentiveConfig(), device: str | torch.device = "cpu",
                       progress: bool = False) -> tuple[Tensor, dict]:
-    "Classes (N,) of test tokens (N, L, D), and the settings used. As `probes.linear_predict`: the rate is chosen on a held-out tenth of the training set, then a head is trained on all of it."
+    "Classes (N,) of test tokens (N, L, D), and the settings used. As `probes.linear_predict`: the rate is chosen on a held-out tenth of the training set, then a head is trained on all of it. UserError if all diverge."
     classes, count, lr, held_out = int(train_y.max()) + 1, len(train_x), config.lrs[0], None
     if len(config.lrs) > 1:
         shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))
@@ -130,7 +130,10 @@ def attentive_predict(train_x: Tensor, train_y: Tensor, test_x: Tensor, config: 
         logits = _logits(fit_attentive(train_x[rest], train_y[rest], classes, config.lrs, config, device, progress), train_x[held], device)
         right = [(logits[:, r].argmax(1) == train_y[held]).float().mean().item() for r in range(len(config.lrs))]
         loss = [F.cross_entropy(logits[:, r], train_y[held]).item() for r in range(len(config.lrs))]
-        best = max(range(len(config.lrs)), key=lambda r: (right[r], -loss[r] if math.isfinite(loss[r]) else -math.inf))
+        alive = [r for r in range(len(config.lrs)) if math.isfinite(loss[r])]
+        if not alive:
+            raise UserError(f"every attentive head diverged: give lower lrs than {config.lrs}")
+        best = max(alive, key=lambda r: (right[r], -loss[r]))
         lr, held_out = config.lrs[best], right[best]
     head = fit_attentive(train_x, train_y, classes, [lr], config, device, progress)
     settings = dict(lr=lr, epochs=config.epochs, batch_size=min(config.batch_size, count), num_heads=len(head.heads[0].query), seed=config.seed, held_out_accuracy=held_out)
@@ -141,7 +144,7 @@ def attentive_probe(encoder: nn.Module, train_images, test_images, img_size=None
                     progress: bool = True, config: AttentiveConfig = AttentiveConfig(), name: str = "encoder") -> ProbeResult:
     "One row, like `probes.probe` for other kinds; its pool is \"attention\". UserError as there, and if the tokens of all images need more than `memory_gb`."
     _check_labels(train_images, test_images)
-    size = img_size or image_size(encoder)
+    size = image_size(encoder) if img_size is None else img_size
     size = (size, size) if isinstance(size, int) else tuple(size)
     sized, patches = at_size(encoder, size), math.prod(grid_size(size, encoder_patch_size(encoder)))
     dim = getattr(encoder, "embed_dim", None) or 3 * encoder_patch_size(encoder) ** 2
@@ -162,7 +165,7 @@ def attentive_probe(encoder: nn.Module, train_images, test_images, img_size=None
 def attentive_compare(encoder: nn.Module, train_images, test_images, untrained: Callable[[], nn.Module] | None = None, img_size=None, batch_size: int = 64, workers: int = 0,
                       device: str | torch.device = "cpu", amp: bool = False, progress: bool = True, config: AttentiveConfig = AttentiveConfig()) -> list[ProbeResult]:
     "Rows for the encoder, for `untrained()` if given, and for the pixels of patches as tokens. Raises as `attentive_probe`."
-    size = img_size or image_size(encoder)
+    size = image_size(encoder) if img_size is None else img_size
     options = dict(img_size=size, batch_size=batch_size, workers=workers, device=device, amp=amp, progress=progress, config=config)
     rows = [attentive_probe(encoder, train_images, test_images, name="encoder", **options)]
     if untrained is not None:

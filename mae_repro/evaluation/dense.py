@@ -66,8 +66,10 @@ class DenseConfig:
         for name in ("steps", "batch_size", "bins", "upsample", "feature_dim", "k", "bank", "bootstrap"):
             if getattr(self, name) < (2 if name in ("bins", "feature_dim") else 1):
                 raise UserError(f"{name} {getattr(self, name)} must be at least {2 if name in ('bins', 'feature_dim') else 1}")
-        if self.temperature <= 0 or self.lrs is not None and (not self.lrs or min(self.lrs) <= 0):
-            raise UserError(f"temperature {self.temperature} and lrs {self.lrs} must be positive")
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"temperature {self.temperature} must be a positive, finite number")
+        if self.lrs is not None and not (self.lrs and all(0 < lr < math.inf for lr in self.lrs)):
+            raise UserError(f"lrs {self.lrs} must be positive, finite numbers")
 
 
 LINEAR_LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -265,7 +267,7 @@ def held_out(data: DenseSet, seed: int) -> tuple[list[int], list[int]]:
 
 # %% ../../nbs/evaluation/59_dense.ipynb #245aee46
 def fit_maps(maps: nn.Module, answer: Depth | Normals | Classes, frozen: FrozenTokens, rows: Sequence[int], lrs: Sequence[float], config: DenseConfig, progress: bool = False) -> list[float]:
-    "Train all heads of `maps` together, each at its own rate, on the pictures `rows`; returns their last losses. The order depends on the seed alone."
+    "Train all heads of `maps` together, each at its own rate, on the pictures `rows`; returns their last losses, NaN for heads that diverged. The order depends on the seed alone."
     groups = [dict(params=list(head.parameters()), lr=lr, lr_scale=lr) for head, lr in zip(maps.heads, lrs, strict=True)]
     rule, order, queue, losses = torch.optim.AdamW(groups, weight_decay=config.weight_decay), torch.Generator().manual_seed(config.seed), [], []
     for step in tqdm(range(config.steps), desc="dense probe", disable=None if progress else True, leave=False):
@@ -280,7 +282,8 @@ def fit_maps(maps: nn.Module, answer: Depth | Normals | Classes, frozen: FrozenT
         rule.zero_grad()
         losses.sum().backward()
         rule.step()
-    return [] if losses == [] else losses.tolist()
+    alive = [all(p.isfinite().all() for p in head.parameters()) for head in maps.heads]
+    return [loss if fine else math.nan for loss, fine in zip([math.nan] * len(lrs) if losses == [] else losses.tolist(), alive)]
 
 # %% ../../nbs/evaluation/59_dense.ipynb #af3860c8
 def _losses(maps: nn.Module, answer, tokens: Tensor, truth: Tensor, config: DenseConfig) -> Tensor:
@@ -307,7 +310,9 @@ def measure(read: Callable[[Tensor], Tensor], answer: Depth | Normals | Classes,
 # %% ../../nbs/evaluation/59_dense.ipynb #acbd102f
 @torch.no_grad()
 def knn_reader(frozen: FrozenTokens, rows: Sequence[int], answer: Classes, size: tuple[int, int], grid: tuple[int, int], config: DenseConfig) -> Callable[[Tensor], Tensor]:
-    "`read(tokens (b, layers, L, D)) -> shares of classes (b, classes, H, W)` from the patches of the pictures `rows`, at most `bank` of them (spread evenly)."
+    """`read(tokens (b, layers, L, D)) -> shares of classes (b, classes, H, W)` from patches of the pictures `rows`, at most `bank` of them: as many of each picture, at random places
+    that are the same for the pictures of a batch. With more pictures than `bank` only so many pictures, evenly spread, give one each."""
+    rows = [rows[i] for i in spread(len(rows), config.bank)]
     each, keys, values = max(1, config.bank // len(rows)), [], []
     mean = token_statistics(frozen, rows, config.batch_size)[0][-1] if config.centre else 0
     for part, tokens, truth in frozen.batches(rows, config.batch_size):
@@ -331,12 +336,12 @@ def knn_reader(frozen: FrozenTokens, rows: Sequence[int], answer: Classes, size:
 # %% ../../nbs/evaluation/59_dense.ipynb #c17d32ee
 @dataclass(frozen=True)
 class DenseResult:
-    "One row: `metrics` of the test pictures with 95 % intervals `low`, `high` (bootstrap over `groups` of test pictures; of a single group over its pictures), and how they were measured."
+    "One row: `metrics` of the test pictures with 95 % intervals `low`, `high` (bootstrap over `groups` of test pictures; of a single group over its pictures; None of a single picture), and how they were measured."
     encoder: str
     task: str
     metrics: dict[str, float]
-    low: dict[str, float]
-    high: dict[str, float]
+    low: dict[str, float | None]
+    high: dict[str, float | None]
     trained: int
     tested: int
     groups: int
@@ -345,15 +350,18 @@ class DenseResult:
 
 # %% ../../nbs/evaluation/59_dense.ipynb #32f336c9
 def intervals(answer: Depth | Normals | Classes, measured: np.ndarray, groups: Sequence[str], resamples: int, seed: int = 0) -> tuple[dict, dict, dict]:
-    "Scores of measures (rows, m), and the ends of their 95 % intervals when groups are drawn with replacement."
+    "Scores of measures (rows, m), and the ends of their 95 % intervals when groups are drawn with replacement; None if there is only one picture."
     names = list(dict.fromkeys(groups))
     number = np.array([names.index(g) for g in groups]) if len(names) > 1 else np.arange(len(groups))
     sums = np.zeros((number.max() + 1, measured.shape[1]))
     np.add.at(sums, number, measured)
+    scores = {k: float(v) for k, v in answer.summary(sums.sum(0)).items()}
+    if len(sums) < 2:
+        return scores, dict.fromkeys(scores), dict.fromkeys(scores)
     draws = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), resamples)
     drawn = answer.summary(draws @ sums)
     ends = {name: np.nanpercentile(values, (2.5, 97.5)) for name, values in drawn.items()}
-    return {k: float(v) for k, v in answer.summary(sums.sum(0)).items()}, {k: float(v[0]) for k, v in ends.items()}, {k: float(v[1]) for k, v in ends.items()}
+    return scores, {k: float(v[0]) for k, v in ends.items()}, {k: float(v[1]) for k, v in ends.items()}
 
 # %% ../../nbs/evaluation/59_dense.ipynb #3bc83e2b
 def _layers(encoder: nn.Module, task: str, layer: int | None) -> tuple[int, ...]:
@@ -371,7 +379,7 @@ def _layers(encoder: nn.Module, task: str, layer: int | None) -> tuple[int, ...]
 # %% ../../nbs/evaluation/59_dense.ipynb #fb6f6650
 def dense_size(encoder: nn.Module, img_size: int | tuple[int, int] | None, task: str) -> tuple[int, int]:
     "Height and width of the input. UserError if patches do not fit, or their grid has an odd side for DPT."
-    size, patch = img_size or encoder_size(encoder), encoder_patch_size(encoder)
+    size, patch = encoder_size(encoder) if img_size is None else img_size, encoder_patch_size(encoder)
     size = (size, size) if isinstance(size, int) else tuple(size)
     if len(size) != 2:
         raise UserError(f"img_size {size}: give one number, or height and width")
@@ -430,14 +438,17 @@ def _trained_reader(frozen, rows, held, answer, task, size, grid, config, progre
         maps = DPTMaps(*statistics, grid, answer.channels, len(lrs), size[0] // grid[0], config.feature_dim, config.seed).to(frozen.device)
     else:
         maps = LinearMaps(*statistics, grid, answer.channels, len(lrs), config.seed).to(frozen.device)
-    fit_maps(maps, answer, frozen, rows, lrs, config, progress)
+    alive = [r for r, loss in enumerate(fit_maps(maps, answer, frozen, rows, lrs, config, progress)) if math.isfinite(loss)]
     reader = lambda r: lambda tokens: answer.decode(maps(tokens)[r], size)
-    scores = [None] * len(lrs)
+    scores = [None] * len(lrs)  # None: nothing to choose, or diverged
     if len(lrs) > 1 and held:
-        for r in range(len(lrs)):
+        for r in alive:
             value = float(answer.summary(measure(reader(r), answer, frozen, held, config.batch_size)[1].sum(0))[answer.metrics[0]])
-            scores[r] = value if math.isfinite(value) else (math.inf if answer.lower else -math.inf)
-    best = 0 if None in scores else (min if answer.lower else max)(range(len(lrs)), key=scores.__getitem__)
+            scores[r] = value if math.isfinite(value) else None
+        alive = [r for r in alive if scores[r] is not None]
+    if not alive:
+        raise UserError(f"every head of the dense probe diverged: give lower --lrs than {', '.join(f'{lr:g}' for lr in lrs)}")
+    best = alive[0] if scores[alive[0]] is None else (min if answer.lower else max)(alive, key=scores.__getitem__)
     return reader(best), dict(lr=lrs[best], lrs=list(lrs), held_out=scores, steps=config.steps, batch_size=config.batch_size)
 
 # %% ../../nbs/evaluation/59_dense.ipynb #ac470c26
@@ -458,12 +469,13 @@ def dense_compare(encoder: nn.Module, train: DenseSet, test: DenseSet, task: str
 
 
 def format_table(rows: Sequence[DenseResult]) -> str:
-    "Rows as plain text: each metric with its 95 % interval; shares in percent."
+    "Rows as plain text: each metric with its 95 % interval (-: of one picture); shares in percent, pictures that could not be read in brackets behind the name."
     share = lambda name: 100. if name in ("delta1", "miou", "accuracy") or name.startswith("within") else 1.
     show = lambda value, name: f"{value * share(name):.{1 if share(name) > 1 or name in ('mean', 'median') else 3}f}"
     names = list(rows[0].metrics)
     cells = [("encoder", "task", *names)]
-    cells += [(r.encoder, r.task, *(f"{show(r.metrics[n], n)} ({show(r.low[n], n)}..{show(r.high[n], n)})" for n in names)) for r in rows]
+    ends = lambda r, n: "-" if r.low[n] is None else f"{show(r.low[n], n)}..{show(r.high[n], n)}"
+    cells += [(r.encoder + f" (-{r.skipped})" * (r.skipped > 0), r.task, *(f"{show(r.metrics[n], n)} ({ends(r, n)})" for n in names)) for r in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip() for line in cells)
 

@@ -19,10 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 # %% ../../nbs/evaluation/48_dense_maps.ipynb #3abd395c
+from .pair_data import split_scenes
 from .video_data import nearest
 from ..parts.weights import UserError
 from ..views.photos import BrokenImage, load_image
-from ..views.posed import PosedFrame, PosedScenes, RenderedScenes, open_posed
+from ..views.posed import PosedFrame, PosedScenes, RenderedScenes, _read_map, open_posed
 
 # %% ../../nbs/evaluation/48_dense_maps.ipynb #6894a371
 def normals_from_depth(depth: np.ndarray, K: np.ndarray, edge: float = .03) -> np.ndarray:
@@ -104,8 +105,10 @@ def rendered_things(scenes: RenderedScenes, i: int, k: int) -> np.ndarray:
     return np.where(parts == 0, 0, np.maximum(parts - 9, 1)).astype(np.uint8)
 
 
-def posed_maps(scenes: PosedScenes, task: str, frames: int = 4) -> tuple[DenseSet, DenseSet]:
-    "Training and test pictures: `frames` of each scene, evenly spread. Test: every fifth scene, of fewer than five the last; of a single scene the last fifth of its frames."
+def posed_maps(scenes: PosedScenes, task: str, frames: int = 4, seed: int = 0) -> tuple[DenseSet, DenseSet]:
+    """Training and test pictures: `frames` of each scene, evenly spread. Test: the test scenes of `split_scenes`, of two scenes the last; of a single scene the last fifth of its frames.
+
+    UserError: one picture in all."""
     items = [(i, k) for i in range(len(scenes)) for k in spread(scenes.length(i), frames)]
     rendered = isinstance(scenes, RenderedScenes)
 
@@ -118,33 +121,24 @@ def posed_maps(scenes: PosedScenes, task: str, frames: int = 4) -> tuple[DenseSe
         return frame.image, frame_truth(frame, task, scenes.name(i))
     every = DenseSet(tuple(f"{scenes.name(i)}, frame {k}" for i, k in items), tuple(scenes.name(i) for i, _ in items), load, THINGS if rendered else ())
     if len(scenes) > 1:
-        held = lambda row: items[row][0] % 5 == 4 or len(scenes) < 5 and items[row][0] == len(scenes) - 1
+        test = set(split_scenes(len(scenes), np.random.default_rng((seed, 3)))[2]) if len(scenes) > 2 else {1}
+        held = lambda row: items[row][0] in test
     else:
         held = lambda row: row >= len(items) - math.ceil(len(items) / 5)
     if len(items) < 2:
         raise UserError(f"{scenes.name(0)}: one picture cannot both train and test a reader; give more scenes, or more frames of each")
-    return tuple(every.take([row for row in range(len(items)) if held(row) == test]) for test in (False, True))
+    return tuple(every.take([row for row in range(len(items)) if held(row) == part]) for part in (False, True))
 
 # %% ../../nbs/evaluation/48_dense_maps.ipynb #c9b11540
 NYU_CAMERA = (518.8579, 519.4696, 325.5824, 253.7362)  # focal lengths and principal point for 640 x 480, from the toolbox of NYUv2
 EIGEN_CROP = (slice(45, 471), slice(41, 601))           # rows and columns of 480 x 640 that are scored (Eigen et al. 2014)
 
-# %% ../../nbs/evaluation/48_dense_maps.ipynb #86f8ee43
-def _numbers(path: Path) -> np.ndarray:
-    "Whole numbers (H, W) of a PNG. BrokenImage."
-    try:
-        found = np.asarray(Image.open(path))
-    except Exception as error:  # decoders raise nearly anything on damaged data
-        raise BrokenImage(str(path), str(error) or type(error).__name__) from None
-    if found.ndim != 2:
-        raise BrokenImage(str(path), f"is {found.shape}, not one number a pixel")
-    return found
-
 # %% ../../nbs/evaluation/48_dense_maps.ipynb #76506a46
 def _class_pairs(pairs: list[tuple[Path, Path]], numbers: Callable[[np.ndarray], np.ndarray], classes: tuple[str, ...]) -> DenseSet:
     "Pictures and class maps in two files each."
     def load(i: int, size: tuple[int, int]):
-        image, found = load_image(pairs[i][0]), _numbers(pairs[i][1])
+        image = load_image(pairs[i][0])
+        found = _read_map(pairs[i][1], image)
         truth = np.asarray(nearest(Image.fromarray(numbers(found.astype(np.int32))), size))
         if truth.max() >= len(classes):
             raise BrokenImage(str(pairs[i][1]), f"holds a class beyond the {len(classes)} of its data set")
@@ -175,9 +169,8 @@ def _nyu(root: Path, part: str, task: str) -> DenseSet:
     pairs = [[root / name.lstrip("/") for name in line[:2]] for line in lines if len(line) > 1 and line[1] != "None"]
 
     def load(i: int, size: tuple[int, int]):
-        image, depth = load_image(pairs[i][0]), _numbers(pairs[i][1]).astype(np.float32) / 1000
-        if depth.shape != (image.height, image.width):
-            raise BrokenImage(str(pairs[i][1]), f"is {depth.shape}, and its picture {(image.height, image.width)}")
+        image = load_image(pairs[i][0])
+        depth = _read_map(pairs[i][1], image).astype(np.float32) / 1000
         if part == "test" and depth.shape == (480, 640):
             counted = np.zeros_like(depth)
             counted[EIGEN_CROP] = 1
@@ -188,18 +181,20 @@ def _nyu(root: Path, part: str, task: str) -> DenseSet:
     return DenseSet(tuple(str(image) for image, _ in pairs), tuple(str(image.parent) for image, _ in pairs), load)
 
 # %% ../../nbs/evaluation/48_dense_maps.ipynb #5c95af92
-def open_maps(root: str | Path | None, task: str, layout: str = "scenes", limit: int | None = None, frames: int = 4, size: int | tuple[int, int] = 96) -> tuple[DenseSet, DenseSet]:
+def open_maps(root: str | Path | None, task: str, layout: str = "scenes", limit: int | None = None, frames: int = 4, size: int | tuple[int, int] = 96,
+              seed: int = 0) -> tuple[DenseSet, DenseSet]:
     """Training and test pictures with the truth of `task` from a folder in one of LAYOUTS; `scenes` without a folder: 60 rendered scenes of `size`.
 
-    limit: at most so many scenes, or training pictures and test pictures each; frames: of each scene. UserError: what is wrong with the folder or the arguments."""
+    limit: at most so many scenes, or training pictures and test pictures each; frames: of each scene; seed: which scenes are the test. UserError: what is wrong with the folder or the arguments."""
     if task not in TASKS or layout not in LAYOUTS:
         raise UserError(f"--task {task} --layout {layout}: the tasks are {', '.join(TASKS)}, the layouts {', '.join(LAYOUTS)}")
     if task not in LAYOUTS[layout]:
         raise UserError(f"--layout {layout} has no truth for --task {task}; it has {', '.join(LAYOUTS[layout])}")
-    if frames < 1 or limit is not None and limit < 1:
-        raise UserError(f"--data.limit {limit} and --frames {frames} must be at least 1")
+    for name, value in (("--data.limit", limit), ("--frames", frames)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} {value} must be at least 1")
     if layout == "scenes":
-        return posed_maps(RenderedScenes(min(limit or 60, 60), frames, size) if root is None else open_posed(root, limit), task, frames)
+        return posed_maps(RenderedScenes(min(limit or 60, 60), frames, size) if root is None else open_posed(root, limit), task, frames, seed)
     if root is None:
         raise UserError(f"--layout {layout} needs --data.root DIR")
     root = Path(root).expanduser()

@@ -10,8 +10,9 @@ __all__ = ['log', 'THRESHOLDS', 'Key', 'log_probs', 'kernel_warp', 'full_warp', 
 
 # %% ../../nbs/evaluation/47_matching.ipynb #0841667e
 import logging
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Literal
 
@@ -77,8 +78,10 @@ def summarise(statistics: Tensor, batch_size: int | None = 8) -> Tensor:
     return (batches[..., 1:] / batches[..., :1]).nanmean(-2)
 
 
-def interval(statistics: Tensor, batch_size: int | None = 8, draws: int = 1000, seed: int = 0) -> Tensor:
-    "95 % bootstrap interval over pairs of what `summarise` says: (2, 7), low and high. Pairs of one scene are not independent, so it is rather too narrow."
+def interval(statistics: Tensor, batch_size: int | None = 8, draws: int = 1000, seed: int = 0) -> Tensor | None:
+    "95 % bootstrap interval over pairs of what `summarise` says: (2, 7), low and high; None if fewer than two pairs count. Pairs of one scene are not independent, so it is rather too narrow."
+    if (statistics[:, 0] > 0).sum() < 2:
+        return None
     rows = torch.randint(len(statistics), (draws, len(statistics)), generator=torch.Generator().manual_seed(seed))
     return summarise(statistics[rows], batch_size).nanquantile(torch.tensor([.025, .975], dtype=torch.float64), dim=0)
 
@@ -219,10 +222,13 @@ class MatchConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.steps < 1 or self.batch_size < 1 or self.looks < 1:
-            raise UserError(f"steps {self.steps}, batch_size {self.batch_size} and looks {self.looks} must be at least 1")
-        if not self.lrs or min(self.lrs) <= 0 or not self.weight_decays or min(self.weight_decays) < 0 or self.temperature <= 0 or not self.norms:
-            raise UserError(f"lrs {self.lrs} and temperature {self.temperature} must be positive, weight_decays {self.weight_decays} not negative, norms {self.norms} not empty")
+        rules = [(name, getattr(self, name) >= 1, "must be at least 1") for name in ("steps", "batch_size", "looks")]
+        rules += [("lrs", self.lrs and all(0 < lr < math.inf for lr in self.lrs), "must be positive, finite numbers"), ("norms", self.norms, "must hold True or False"),
+                  ("weight_decays", self.weight_decays and all(0 <= d < math.inf for d in self.weight_decays), "must be finite numbers that are not negative"),
+                  ("temperature", 0 < self.temperature < math.inf, "must be a positive, finite number"), ("clip", self.clip is None or self.clip > 0, "must be positive, or None")]
+        for name, fine, wanted in rules:
+            if not fine:
+                raise UserError(f"{name} {getattr(self, name)} {wanted}")
 
 # %% ../../nbs/evaluation/47_matching.ipynb #3ce029c4
 @torch.no_grad()
@@ -250,7 +256,7 @@ class Trained:
 
 
 def train_heads(bank: Bank, chooser: Bank, key: Key, config: MatchConfig = MatchConfig(), device: str | torch.device = "cpu", progress: bool = False) -> Trained:
-    "All heads of the sweep trained on one bank, the best by EPE on another, at any of `looks` moments."
+    "All heads of the sweep trained on one bank, the best by EPE on another, at any of `looks` moments. UserError if all of them diverge before the first."
     settings, dim = list(product(config.lrs, config.weight_decays)), bank.features[key][0].shape[-1]
     heads = Heads(dim, len(settings), config.seed, config.start).to(device)
     rule, order = HeadsAdamW(heads, *(torch.tensor(x, device=device) for x in zip(*settings))), torch.Generator().manual_seed(config.seed)
@@ -263,16 +269,20 @@ def train_heads(bank: Bank, chooser: Bank, key: Key, config: MatchConfig = Match
             loss = match_loss(log_probs(heads(x), heads(y), config.temperature), classes, valid)
         (loss.sum() if config.clip is None else loss.mean()).backward()
         if config.clip is not None:
+            for p in heads.parameters():
+                p.grad.nan_to_num_(0, 0, 0)  # a head that diverged must not stop the others
             nn.utils.clip_grad_norm_(heads.parameters(), config.clip)
         rule.step(.1 if step >= config.drop * config.steps else 1.)
         running.append(loss.detach())
         if step + 1 in looks:
             epe = summarise(measure(chooser, key, heads, config, device), config.batch_size if config.batch_average else None)[:, 0].nan_to_num(float("inf"))
             k = int(epe.argmin())
-            if float(epe[k]) < best[0] or best[3] is None:
+            if float(epe[k]) < best[0]:
                 best = float(epe[k]), step + 1, k, (heads.weight[k:k + 1].detach().clone(), heads.bias[k:k + 1].detach().clone())
             losses.append(torch.stack(running).mean(0).cpu())
             running = []
+    if best[3] is None:
+        raise UserError(f"every head of the matching probe diverged: give lower --lrs than {', '.join(f'{lr:g}' for lr in config.lrs)}")
     chosen = Heads(dim, 1).to(device)
     chosen.weight.data, chosen.bias.data = best[3]
     return Trained(chosen.requires_grad_(False), *settings[best[2]], best[1], best[0], torch.stack(losses))
@@ -280,15 +290,15 @@ def train_heads(bank: Bank, chooser: Bank, key: Key, config: MatchConfig = Match
 # %% ../../nbs/evaluation/47_matching.ipynb #afc22910
 @dataclass(frozen=True)
 class MatchRow:
-    "One line: EPE in pixels of the input and robustness in 0..1, both with 95 % intervals over pairs, `pck` {pixels: share}; `matcher` linear, cosine, or stay; what the probe chose."
+    "One line: EPE in pixels of the input and robustness in 0..1, both with 95 % intervals over pairs (None: of one pair), `pck` {pixels: share}; `matcher` linear, cosine, or stay; what the probe chose."
     encoder: str
     layer: int | None
     norm: bool | None
     matcher: Literal["linear", "cosine", "stay"]
     epe: float
-    epe_interval: tuple[float, float]
+    epe_interval: tuple[float, float] | None
     robustness: float
-    robustness_interval: tuple[float, float]
+    robustness_interval: tuple[float, float] | None
     pck: dict[int, float]
     pairs: int
     lr: float | None = None
@@ -313,8 +323,9 @@ def match_row(statistics: Tensor, encoder: str, key: tuple[int | None, bool | No
               trained: Trained | None = None) -> MatchRow:
     "A row from the statistics (P, 8) of the test pairs."
     batch = config.batch_size if config.batch_average else None
-    means, (low, high) = summarise(statistics, batch).tolist(), interval(statistics, batch, seed=config.seed).tolist()
-    return MatchRow(encoder, *key, matcher, means[0], (low[0], high[0]), means[1], (low[1], high[1]), dict(zip(THRESHOLDS[1:], means[2:])), len(statistics),
+    means, ends = summarise(statistics, batch).tolist(), interval(statistics, batch, seed=config.seed)
+    epe, robustness = [None, None] if ends is None else [tuple(x) for x in ends.T[:2].tolist()]
+    return MatchRow(encoder, *key, matcher, means[0], epe, means[1], robustness, dict(zip(THRESHOLDS[1:], means[2:])), len(statistics),
                     *((trained.lr, trained.weight_decay, trained.step) if trained else (None, None, None)), skipped)
 
 # %% ../../nbs/evaluation/47_matching.ipynb #48bd7776
@@ -324,7 +335,7 @@ def match(encoder: nn.Module, train_pairs: Pairs | None, val_pairs: Pairs | None
 
     UserError: pairs for training or choosing are missing, no pixel has a known match, a size or layer that the encoder does not have."""
     depth, device = len(encoder.blocks) if hasattr(encoder, "blocks") else 1, torch.device(device)
-    size = tuple(config.img_size or 2 * (encoder_size(encoder),))
+    size = 2 * (encoder_size(encoder),) if config.img_size is None else tuple(config.img_size)
     layers = config.layers or tuple(range(depth))
     if not all(-depth <= k < depth for k in layers):
         raise UserError(f"layer {layers} must be a block of this encoder: it has {depth}, so give {-depth}..{depth - 1}")
@@ -340,6 +351,8 @@ def match(encoder: nn.Module, train_pairs: Pairs | None, val_pairs: Pairs | None
     train = gather_pairs(encoder, train_pairs, size, keys, False, **options) if config.probe else None
     chooser = test if config.select == "test" or not config.probe else gather_pairs(encoder, val_pairs, size, keys, True, **options)
     encoder.train(was_training)
+    if config.probe and not (train.valid.any() and chooser.seen.any()):
+        raise UserError("no pixel of a training pair, or none of a validation pair, has a known place in the other picture: the probe cannot be trained")
     rows, heads = [], []
     for key in keys:
         rows.append(match_row(measure(test, key, None, config, device)[0], name, key, "cosine", config, len(test.skipped)))
@@ -352,11 +365,11 @@ def match(encoder: nn.Module, train_pairs: Pairs | None, val_pairs: Pairs | None
 
 # %% ../../nbs/evaluation/47_matching.ipynb #7e85118c
 def format_table(rows: Sequence[MatchRow]) -> str:
-    "Rows as a plain text table: EPE in pixels with its 95 % interval, shares in percent; `dataclasses.asdict` makes JSON of the same rows."
+    "Rows as a plain text table: EPE in pixels with its 95 % interval, shares in percent, pairs that could not be read in brackets; `dataclasses.asdict` makes JSON of the same rows."
     cells = [("encoder", "block", "norm", "matcher", "EPE", "95 % interval", "<32 px", *(f"<{t}" for t in THRESHOLDS[1:]), "pairs", "lr", "decay", "step")]
     text = lambda value, form="": "-" if value is None else f"{value:{form}}"
-    cells += [(r.encoder, text(r.layer), {True: "yes", False: "no", None: "-"}[r.norm], r.matcher, f"{r.epe:.2f}", "{:.2f} .. {:.2f}".format(*r.epe_interval), f"{100 * r.robustness:.1f}",
-               *(f"{100 * share:.1f}" for share in r.pck.values()), str(r.pairs), text(r.lr, "g"), text(r.weight_decay, "g"), text(r.step)) for r in rows]
+    cells += [(r.encoder, text(r.layer), {True: "yes", False: "no", None: "-"}[r.norm], r.matcher, f"{r.epe:.2f}", "{:.2f} .. {:.2f}".format(*r.epe_interval) if r.epe_interval else "-", f"{100 * r.robustness:.1f}",
+               *(f"{100 * share:.1f}" for share in r.pck.values()), f"{r.pairs} (-{r.skipped})" if r.skipped else str(r.pairs), text(r.lr, "g"), text(r.weight_decay, "g"), text(r.step)) for r in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip() for line in cells)
 
@@ -382,7 +395,7 @@ def compare(encoder: nn.Module, splits: PairSplits, untrained: Callable[[], nn.M
     others = [match(untrained(), *sets, config, device, progress, "untrained")] if untrained else []
     size = first.settings["img_size"]
     raw = PatchPixels(encoder_patch_size(encoder))
-    others.append(match(raw, *sets, MatchConfig(**{**vars(config), "img_size": size, "layers": (-1,), "norms": (False,)}), device, progress, "raw pixels"))
+    others.append(match(raw, *sets, replace(config, img_size=size, layers=(-1,), norms=(False,)), device, progress, "raw pixels"))
     rows, heads = (sum((getattr(r, what) for r in (first, *others)), ()) for what in ("rows", "trained"))
     return MatchResult((*rows, stay_row(splits.test, size, config)), (*heads, None), first.settings)
 

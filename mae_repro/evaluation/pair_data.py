@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 # %% ../../nbs/evaluation/44_pair_data.ipynb #9805c82d
 from ..parts.weights import UserError
 from ..views.photos import BrokenImage, is_picture, load_image
-from ..views.posed import PosedFrame, PosedScenes, RenderedScenes, SceneFolders, project
+from ..views.posed import PosedFrame, PosedScenes, RenderedScenes, SceneFolders, project, scaled_camera
 
 # %% ../../nbs/evaluation/44_pair_data.ipynb #0fccf86b
 log = logging.getLogger(__name__)
@@ -48,7 +48,8 @@ def sample(values: np.ndarray, places: np.ndarray) -> np.ndarray:
 def depth_warp(a: PosedFrame, b: PosedFrame, size: tuple[int, int], tolerance: float = .05) -> tuple[np.ndarray, np.ndarray]:
     """Where the cells of a grid `size` (h, w) over a are in b: (h, w, 2) float64 in -1..1, and whether it is known and seen there, bool (h, w).
 
-    The rule of the published probe: depth known, inside by half a pixel at the left and 1.5 at the right of b, and its depth within `tolerance` of b's."""
+    The rule of the published probe: depth known in a, and within `tolerance` of b's where it lands; from 0 to w - 1 and h - 1, counted from the corner of b. Beyond b depth counts as 0, so that
+    in effect valid places begin about half a pixel from the left and top edges, and end one pixel from the right and bottom ones."""
     centres, (H, W) = cell_centres(size), np.array(a.size)
     depth = sample(a.depth, centres)
     x, y = ((centres[..., k] + 1) / 2 * n - .5 for k, n in enumerate((W, H)))
@@ -131,15 +132,19 @@ class PosedPairs:
 
     def __getitem__(self, i: int) -> MatchPair:
         scene, *ids = self.index[i]
-        a, b = (self.scenes.frame(scene, k) for k in ids)
-        if a.depth is None or b.depth is None:
-            raise BrokenImage(self.name(i), "has no depth")
+        a, b = (self._frame(scene, k) for k in ids)
         rng = np.random.default_rng((self.seed, i))
         if self.shake:
             a, b = (self._shaken(frame, rng) for frame in (a, b))
         if self.flips and rng.random() < .5:
             a, b = flip(a), flip(b)
         return MatchPair(self.name(i), a.image, b.image, partial(depth_warp, a, b))
+
+    def _frame(self, scene: int, k: int) -> PosedFrame:
+        frame = self.scenes.frame(scene, k)
+        if frame.depth is None:
+            raise BrokenImage(f"{self.scenes.name(scene)}, frame {k}", "has no depth")
+        return frame
 
     def _shaken(self, frame: PosedFrame, rng: np.random.Generator) -> PosedFrame:
         size = tuple(round(n * (1 - self.shake)) for n in frame.size)
@@ -152,9 +157,12 @@ def covisibility(pair: MatchPair, cells: int = 24) -> float:
     return float(pair.truth((cells, cells))[1].mean())
 
 
-def choose_pairs(scenes: PosedScenes, which: Sequence[int], num: int, span: tuple[float, float], rng: np.random.Generator, tries: int = 40) -> list[tuple[int, int, int]]:
-    "About `num` (scene, a, b), equally many of each scene of `which`, whose covisibility is in `span`; at most `tries` candidates for each pair that is wanted. Unreadable frames are left out."
-    found, share = [], ceil(num / max(1, len(which)))
+def choose_pairs(scenes: PosedScenes, which: Sequence[int], num: int, span: tuple[float, float], rng: np.random.Generator, tries: int = 40,
+                 broken: set[str] | None = None) -> list[tuple[int, int, int]]:
+    """About `num` (scene, a, b), equally many of each scene of `which`, whose covisibility is in `span`; at most `tries` candidates for each pair that is wanted.
+
+    Frames that cannot be read, or have no depth, are in no pair; what is wrong with each is added to `broken`."""
+    found, share, broken = [], ceil(num / max(1, len(which))), set() if broken is None else broken
     for i in which:
         n, mine, left = scenes.length(i), [], tries * share
         if n < 2:
@@ -165,7 +173,8 @@ def choose_pairs(scenes: PosedScenes, which: Sequence[int], num: int, span: tupl
             b += b >= a
             try:
                 covered = covisibility(PosedPairs(scenes, [(i, a, b)])[0])
-            except BrokenImage:
+            except BrokenImage as error:
+                broken.add(str(error))
                 continue
             if span[0] <= covered <= span[1]:
                 mine.append((i, int(a), int(b)))
@@ -176,7 +185,9 @@ def choose_pairs(scenes: PosedScenes, which: Sequence[int], num: int, span: tupl
 
 # %% ../../nbs/evaluation/44_pair_data.ipynb #1cbee5b0
 def split_scenes(count: int, rng: np.random.Generator) -> tuple[list[int], list[int], list[int]]:
-    "Numbers 0..count-1 for training, validation and test: about 70, 10 and 20 %, at least one each. ValueError below 3."
+    """Numbers 0..count-1 for training, validation and test: about 70, 10 and 20 %, at least one each. ValueError below 3.
+
+    Matching, relative pose and dense probes give it default_rng((seed, 3)): a folder of scenes has one test set."""
     if count < 3:
         raise ValueError(f"count {count}: three scenes are needed for three parts")
     order, test = rng.permutation(count).tolist(), max(1, round(.2 * count))
@@ -186,32 +197,45 @@ def split_scenes(count: int, rng: np.random.Generator) -> tuple[list[int], list[
 
 @dataclass(frozen=True, eq=False)
 class PairSplits:
-    "Pairs for training, validation and test; `by` says whether scenes or only pairs were divided."
+    "Pairs for training, validation and test; `by` says whether scenes or only pairs were divided; `skipped` what is wrong with each frame that was left out when pairs were chosen."
     train: "Pairs"
     val: "Pairs"
     test: "Pairs"
     by: Literal["scene", "pair", "list"]
+    skipped: tuple[str, ...] = ()
 
 # %% ../../nbs/evaluation/44_pair_data.ipynb #2ce0412b
 def posed_splits(scenes: PosedScenes, num: tuple[int, int, int] = (400, 80, 120), span: tuple[float, float] = (.2, .9), seed: int = 0, everything: bool = False,
                  among: Sequence[int] | None = None) -> PairSplits:
     """Pairs of any posed scenes (`among`: of these): `num` for training, validation and test. By scene, or by pair (logged) if there are fewer than three.
 
-    everything: all scenes are test. UserError: no pair in the range."""
-    among, rngs = range(len(scenes)) if among is None else among, [np.random.default_rng((seed, k)) for k in range(4)]
+    everything: all scenes are test. UserError: no pair in the range, or no frames to make one of."""
+    among, rngs, broken = range(len(scenes)) if among is None else among, [np.random.default_rng((seed, k)) for k in range(4)], set()
+    if not any(scenes.length(i) > 1 for i in among):
+        raise UserError(f"{scenes.name(among[0])}: a pair needs two frames of one scene, and no scene has more than one")
     by_scene = everything or len(among) >= 3
     if by_scene:
         which = ([], [], range(len(among))) if everything else split_scenes(len(among), rngs[3])
-        parts = [choose_pairs(scenes, [among[i] for i in part], n, span, rng) for part, n, rng in zip(which, num, rngs)]
+        parts = [choose_pairs(scenes, [among[i] for i in part], n, span, rng, broken=broken) for part, n, rng in zip(which, num, rngs)]
     else:
-        found = choose_pairs(scenes, among, sum(num), span, rngs[0])
+        found = choose_pairs(scenes, among, sum(num), span, rngs[0], broken=broken)
         found = [found[k] for k in rngs[3].permutation(len(found))]
         cuts = np.cumsum([round(len(found) * n / max(1, sum(num))) for n in num])[:2]
         parts = [found[:cuts[0]], found[cuts[0]:cuts[1]], found[cuts[1]:]]
         log.warning("%d scene(s): training, validation and test are divided by pair and share pictures", len(among))
+    skipped = _left_out(broken)
     if not any(parts):
-        raise UserError(f"no two frames share {span[0]:.0%} to {span[1]:.0%} of what they see: widen the range, or check that the frames have depth")
-    return PairSplits(*(PosedPairs(scenes, part) for part in parts), "scene" if by_scene else "pair")
+        raise UserError(f"no two of the readable frames share {span[0]:.0%} to {span[1]:.0%} of what they see: widen --data.covisibility"
+                        + (f", or mend the {len(skipped)} frames that were left out, the first: {skipped[0]}" if skipped else ""))
+    return PairSplits(*(PosedPairs(scenes, part) for part in parts), "scene" if by_scene else "pair", skipped)
+
+
+def _left_out(broken: set[str]) -> tuple[str, ...]:
+    "What is wrong with frames, sorted, and logged."
+    skipped = tuple(sorted(broken))
+    if skipped:
+        log.warning("%d frames cannot be read or have no depth, and are in no pair, the first: %s", len(skipped), skipped[0])
+    return skipped
 
 # %% ../../nbs/evaluation/44_pair_data.ipynb #ec8e271d
 class ScanNetScenes:
@@ -263,12 +287,12 @@ def _matrix(path: Path) -> np.ndarray:
         raise UserError(f"{path}: is not a 4 x 4 matrix of numbers ({error})") from None
 
 # %% ../../nbs/evaluation/44_pair_data.ipynb #ddb1ae8e
-def scannet_splits(root: str | Path, num: tuple[int, int, int], span: tuple[float, float], seed: int, limit: int | None) -> PairSplits:
+def scannet_splits(root: str | Path, num: tuple[int, int, int], span: tuple[float, float], seed: int, limit: int | None, everything: bool = False) -> PairSplits:
     "Test pairs as `test.npz` below root lists them (the first num[2]), training and validation from the scans it does not name; without a list as `posed_splits`. UserError."
     root, scenes = Path(root).expanduser(), ScanNetScenes(root, limit)
     lists = sorted(p for pattern in ("", "*/", "*/*/") for p in root.glob(f"{pattern}test.npz"))
     if not lists:
-        return posed_splits(scenes, num, span, seed)
+        return posed_splits(scenes, num, span, seed, everything)
     place = {folder.name: i for i, folder in enumerate(scenes.folders)}
     test, named = [], set()
     for scene, part, a, b in _names(lists[0])[:num[2]]:
@@ -280,8 +304,9 @@ def scannet_splits(root: str | Path, num: tuple[int, int, int], span: tuple[floa
         test.append((i, scenes.numbers[i].index(a), scenes.numbers[i].index(b)))
     rng, rest = np.random.default_rng(seed), [i for i, f in enumerate(scenes.folders) if f.name not in {f"scene{s:04d}_{p:02d}" for s, p, _, _ in _names(lists[0])}]
     held = sorted(rng.permutation(rest)[:max(1, round(.1 * len(rest)))].tolist()) if len(rest) > 1 else []
-    train = [i for i in rest if i not in held]
-    return PairSplits(*(PosedPairs(scenes, choose_pairs(scenes, which, n, span, rng)) for which, n in ((train, num[0]), (held, num[1]))), PosedPairs(scenes, test), "list")
+    train, broken = [i for i in rest if i not in held], set()
+    chosen = [PosedPairs(scenes, choose_pairs(scenes, which, n, span, rng, broken=broken)) for which, n in ((train, num[0]), (held, num[1]))]
+    return PairSplits(*chosen, PosedPairs(scenes, test), "list", _left_out(broken))
 
 
 def _names(path: Path) -> list[tuple[int, int, int, int]]:
@@ -351,10 +376,8 @@ class MegaDepthScenes:
     def frame(self, i: int, k: int) -> PosedFrame:
         model, rows, depths = self.model(i)
         depth, row = _read_h5(depths[k]), rows[k]
-        image, (h, w) = self._photo(i, k), model.sizes[row]
-        stretch = np.diag([image.width / w, image.height / h, 1.])
-        shift = np.array([[1., 0, .5], [0, 1, .5], [0, 0, 1]])
-        return PosedFrame(image, np.linalg.inv(shift) @ stretch @ shift @ model.K[row], model.R[row], model.t[row], depth)
+        image = self._photo(i, k)
+        return PosedFrame(image, scaled_camera(model.K[row], model.sizes[row], (image.height, image.width)), model.R[row], model.t[row], depth)
 
 # %% ../../nbs/evaluation/44_pair_data.ipynb #a8e2ee71
 def _read_h5(path: Path) -> np.ndarray:
@@ -476,17 +499,21 @@ LAYOUTS = ("scenes", "megadepth", "scannet", "stereo")
 def open_pairs(root: str | Path | None = None, layout: Literal["scenes", "megadepth", "scannet", "stereo"] = "scenes", num: tuple[int, int, int] = (400, 80, 120),
                span: tuple[float, float] = (.2, .9), seed: int = 0, limit: int | None = None, size: int | tuple[int, int] = 96, shake: tuple[float, float] = (0., 0.),
                flips: bool = False, everything: bool = False) -> PairSplits:
-    """Pairs for training, validation and test, at most `num` each; a part that the data cannot fill is empty. everything: all of scenes or stereo is test.
+    """Pairs for training, validation and test, at most `num` each; a part that the data cannot fill is empty. everything: all of scenes or stereo is test, and of scannet without its list.
 
     scenes: folders with a cameras.json; root None: `limit` (20) rendered still scenes of seed 1 and `size` pixels. span: covisibility before any shake (not of megadepth, stereo, and the list of scannet).
     shake: of training pairs, and of the others; flips: of training pairs (neither for stereo). Published: about .07 (32 of 448 pixels) and 0, flips. stereo: with fewer than three folders all are test.
     UserError: a field out of range, no such folder, nothing in it."""
     if layout not in LAYOUTS:
         raise UserError(f"layout {layout!r} is none of {', '.join(LAYOUTS)}")
-    if not 0 <= span[0] < span[1] <= 1 or min(num) < 0 or (limit is not None and limit < 1):
-        raise UserError(f"covisibility {span} must be two rising numbers in 0..1, numbers of pairs {num} not negative, data.limit {limit} at least 1")
-    if not 0 <= min(shake) <= max(shake) < .9:
-        raise UserError(f"shake {shake} must be two shares in 0..0.9")
+    if not 0 <= span[0] < span[1] <= 1:
+        raise UserError(f"covisibility {span[0]} {span[1]} must be two rising numbers in 0..1")
+    if min(num) < 0 or not any(num):
+        raise UserError(f"pairs {' '.join(map(str, num))} must be " + ("numbers that are not negative" if any(num) else "more than none: training, validation, test"))
+    if limit is not None and limit < 1:
+        raise UserError(f"data.limit {limit} must be at least 1")
+    if not all(0 <= s < .9 for s in shake):
+        raise UserError(f"shake {shake[0]} {shake[1]} must be two shares from 0 to less than 0.9")
     splits = _open(root, layout, num, span, seed, limit, size, everything)
     for pairs, amount in zip((splits.train, splits.val, splits.test), (shake[0], shake[1], shake[1])):
         if isinstance(pairs, PosedPairs):
@@ -504,14 +531,16 @@ def _open(root, layout: str, num, span, seed: int, limit: int | None, size, ever
         raise UserError(f"{root}: no such folder")
     if layout == "scenes":
         scenes = SceneFolders(root, limit)
-        deep = [i for i, views in enumerate(scenes.views) if sum(bool(view.get("depth")) for view in views) > 1]
+        counts = [sum(bool(view.get("depth")) for view in views) for views in scenes.views]
+        deep = [i for i, count in enumerate(counts) if count > 1]
         if not deep:
-            raise UserError(f"{root}: none of {len(scenes)} scenes has depth, which says what matches what; see data/README.md, rendered scenes")
+            raise UserError(f"{root}: no scene has more than one frame with depth, and a pair needs two; see data/README.md, rendered scenes" if any(counts)
+                            else f"{root}: none of {len(scenes)} scenes has depth, which says what matches what; see data/README.md, rendered scenes")
         return posed_splits(scenes, num, span, seed, everything, deep)
     if layout == "megadepth":
         return megadepth_splits(root, num, seed, limit)
     if layout == "scannet":
-        return scannet_splits(root, num, span, seed, limit)
+        return scannet_splits(root, num, span, seed, limit, everything)
     pairs = StereoPairs(root, limit)
     parts = split_scenes(len(pairs), np.random.default_rng(seed)) if len(pairs) >= 3 and not everything else ([], [], range(len(pairs)))
     return PairSplits(*(pairs.take(list(part)[:n]) for part, n in zip(parts, num)), "scene")

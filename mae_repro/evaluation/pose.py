@@ -5,24 +5,27 @@
 # %% auto #0
 __all__ = ['log', 'relative_pose', 'essential', 'rotation_from_6d', 'pose_loss', 'rays_of', 'PoseHead', 'pose_errors', 'pose_auc',
            'overlap', 'PoseConfig', 'PoseViews', 'read_views', 'patch_tokens', 'PoseReader', 'fit_pose', 'PoseResult',
-           'judge', 'split_scenes', 'PoseComparison', 'compare_pose', 'format_table', 'epipolar_lines', 'pose_figure']
+           'judge', 'pose_scenes', 'PoseComparison', 'compare_pose', 'format_table', 'epipolar_lines', 'pose_figure']
 
-# %% ../../nbs/evaluation/49_pose.ipynb #54de16c1
+# %% ../../nbs/evaluation/49_pose.ipynb #5e9719d4
 import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import cycle
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# %% ../../nbs/evaluation/49_pose.ipynb #c654bd77
-from .pair_data import depth_warp
+# %% ../../nbs/evaluation/49_pose.ipynb #0dbe8b7c
+from .pair_data import MatchPair, covisibility, depth_warp, split_scenes
 from .propagation import patch_features
 from ..parts.decoders import DecoderBlock
 from ..parts.features import encoder_patch_size, encoder_size
@@ -32,10 +35,10 @@ from ..training.optimisation import adamw, cosine_lr, parameter_groups, set_lr
 from ..views.photos import BrokenImage
 from ..views.posed import PosedFrame, PosedScenes
 
-# %% ../../nbs/evaluation/49_pose.ipynb #bad43745
+# %% ../../nbs/evaluation/49_pose.ipynb #77868cd5
 log = logging.getLogger(__name__)
 
-# %% ../../nbs/evaluation/49_pose.ipynb #dfd18e57
+# %% ../../nbs/evaluation/49_pose.ipynb #ee334a4b
 def relative_pose(a: PosedFrame, b: PosedFrame) -> tuple[np.ndarray, np.ndarray]:
     "R (3, 3) and t (3,) with x_b = R x_a + t, in the axes of the cameras a and b; t in the units of the scene."
     R = b.R @ a.R.T
@@ -47,7 +50,7 @@ def essential(R: np.ndarray, t: np.ndarray) -> np.ndarray:
     x, y, z = t
     return np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]]) @ R
 
-# %% ../../nbs/evaluation/49_pose.ipynb #ddcf7cef
+# %% ../../nbs/evaluation/49_pose.ipynb #ea21704c
 def rotation_from_6d(x: Tensor) -> Tensor:
     "Rotations (..., 3, 3) of six numbers each (..., 6): the first two columns, made orthonormal, and their cross product (Zhou et al. 2019, eq. 15)."
     a, b = x[..., :3], x[..., 3:]
@@ -61,7 +64,7 @@ def pose_loss(R: Tensor, t: Tensor, true_R: Tensor, true_t: Tensor) -> tuple[Ten
     length = lambda x: (x.square().sum(-1) + 1e-8).sqrt()    # its slope at 0 is 0, not infinite
     return length((R - true_R).flatten(1)) / math.sqrt(2), length(t - true_t)
 
-# %% ../../nbs/evaluation/49_pose.ipynb #fad82c93
+# %% ../../nbs/evaluation/49_pose.ipynb #374b57a6
 def rays_of(K: np.ndarray, size: tuple[int, int], patch_size: int) -> np.ndarray:
     "Where the centres of patches look: x / z and y / z (L, 2) in the axes of a camera `K` (3, 3) of a picture `size` (H, W)."
     gh, gw = grid_size(size, patch_size)
@@ -69,7 +72,7 @@ def rays_of(K: np.ndarray, size: tuple[int, int], patch_size: int) -> np.ndarray
     places = np.stack([*np.broadcast_arrays(x[None], y[:, None]), np.ones((gh, gw))], -1).reshape(-1, 3)
     return (places @ np.linalg.inv(K).T)[:, :2]
 
-# %% ../../nbs/evaluation/49_pose.ipynb #851f288b
+# %% ../../nbs/evaluation/49_pose.ipynb #65ac060a
 class PoseHead(nn.Module):
     """Rotation and direction of translation from the patch tokens of two pictures. Ours: MuM's text says nothing of its head.
 
@@ -105,7 +108,7 @@ class PoseHead(nn.Module):
         said = self.answer(nn.functional.gelu(self.mix(rearrange(self.last(x).mean(dim=2), "b v d -> b (v d)"))))
         return rotation_from_6d(said[:, :6]), nn.functional.normalize(said[:, 6:], dim=-1)
 
-# %% ../../nbs/evaluation/49_pose.ipynb #3e76ec99
+# %% ../../nbs/evaluation/49_pose.ipynb #b2b6c306
 def pose_errors(R: np.ndarray, t: np.ndarray, true_R: np.ndarray, true_t: np.ndarray, fold: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Angles (n,) in degrees between rotations (n, 3, 3) and between directions (n, 3) of any length; a direction of length 0 (not known) is 90 off.
 
@@ -124,20 +127,20 @@ def pose_auc(errors: np.ndarray, thresholds: Sequence[float] = (5, 10, 20)) -> n
     stairs = (1 - e / limit).clip(0).mean(-1)
     return stairs + np.where(e < limit, e, 0).max(-1) / (2 * e.shape[-1] * limit[:, 0])
 
-# %% ../../nbs/evaluation/49_pose.ipynb #b36c35d5
+# %% ../../nbs/evaluation/49_pose.ipynb #6bfdc21c
 def overlap(a: PosedFrame, b: PosedFrame, cells: int = 24) -> float:
-    "The share of a grid of `cells` x `cells` places over one picture that the other shows too, 0..1; the smaller of both ways. UserError without depth."
+    "Covisibility of two frames, 0..1, the smaller of both ways. UserError without depth."
     if a.depth is None or b.depth is None:
         raise UserError("min_overlap needs scenes with depth; leave it at 0 to use any two frames")
-    return float(min(depth_warp(*pair, (cells, cells))[1].mean() for pair in ((a, b), (b, a))))
+    return min(covisibility(MatchPair("", one.image, two.image, partial(depth_warp, one, two)), cells) for one, two in ((a, b), (b, a)))
 
-# %% ../../nbs/evaluation/49_pose.ipynb #f679814b
+# %% ../../nbs/evaluation/49_pose.ipynb #4bfa69c3
 @dataclass(frozen=True)
 class PoseConfig:
     """How a head is made, trained and judged. `img_size` pixels a side (None: the encoder's own); `max_frames` of a scene that are used, evenly spaced.
 
-    `min_overlap` of a pair (0: any two frames); `test_pairs` and `val_pairs` drawn once; `test_share` and `val_share` of the scenes. `tune` trains the encoder too, at `encoder_lr`.
-    `samples` pictures of the bootstrap; `fold`: t and -t count alike."""
+    `min_overlap` of a pair (0: any two frames); `test_pairs` and `val_pairs` drawn once. `tune` trains the encoder too, at `encoder_lr`.
+    `samples` of the bootstrap; `fold`: t and -t count alike. UserError: a number that cannot be."""
     img_size: int | None = None
     dim: int = 48
     depth: int = 2
@@ -153,22 +156,42 @@ class PoseConfig:
     min_overlap: float = 0.
     val_pairs: int = 300
     test_pairs: int = 500
-    val_share: float = .15
-    test_share: float = .2
     thresholds: tuple[float, ...] = (5., 10., 20.)
     fold: bool = False
     samples: int = 1000
     seed: int = 0
 
-# %% ../../nbs/evaluation/49_pose.ipynb #d0300233
+    def __post_init__(self):
+        for name in ("dim", "depth", "num_heads", "steps", "batch_size", "eval_every", "val_pairs", "test_pairs", "samples"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.max_frames < 2 or self.seed < 0 or self.dim % self.num_heads:
+            raise UserError(f"max_frames {self.max_frames} must be at least 2, seed {self.seed} not negative, dim {self.dim} a multiple of num_heads {self.num_heads}")
+
+# %% ../../nbs/evaluation/49_pose.ipynb #d799d9d2
 @dataclass(frozen=True, eq=False)
 class PoseViews:
-    """Frames of scenes, read once: `pixels` uint8 (N, 3, H, W), `rays` (N, L, 2), `R` (N, 3, 3) and `t` (N, 3) float64; `pairs` (P, 2) of frames that may be asked about, the smaller number first."""
+    """Frames of scenes, read once: `pixels` uint8 (N, 3, H, W), `rays` (N, L, 2), `K`, `R` (N, 3, 3) and `t` (N, 3) float64; `scene` (N,) the number of each one's scene.
+
+    `pairs` (P, 2) of frames that may be asked about, the smaller number first."""
     pixels: Tensor
     rays: Tensor
+    K: np.ndarray
     R: np.ndarray
     t: np.ndarray
+    scene: np.ndarray
     pairs: np.ndarray
+
+    @classmethod
+    def of(cls, frames: Sequence[PosedFrame], patch_size: int, scene: Sequence[int], pairs: Sequence[tuple[int, int]]) -> "PoseViews":
+        "Views of frames of one size."
+        pixels = torch.stack([torch.from_numpy(np.array(f.image.convert("RGB"))).permute(2, 0, 1) for f in frames])
+        rays = torch.tensor(np.stack([rays_of(f.K, f.size, patch_size) for f in frames]), dtype=torch.float32)
+        return cls(pixels, rays, *(np.stack([getattr(f, name) for f in frames]) for name in "KRt"), np.array(scene), np.sort(pairs, axis=1))
+
+    def frame(self, n: int) -> PosedFrame:
+        "Frame n, as it was read."
+        return PosedFrame(Image.fromarray(self.pixels[n].permute(1, 2, 0).numpy()), self.K[n], self.R[n], self.t[n])
 
     def motion(self, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         "R (n, 3, 3) and unit t (n, 3) of pairs (n, 2)."
@@ -185,23 +208,19 @@ class PoseViews:
 
 def read_views(scenes: PosedScenes, ids: Sequence[int], patch_size: int, config: PoseConfig, name: str = "scenes", progress: bool = True) -> PoseViews:
     "Frames of the scenes `ids` at config.img_size, squeezed to a square. Unreadable pictures are skipped with a warning. UserError if no two frames make a pair."
-    size = (config.img_size, config.img_size)
-    pixels, rays, R, t, pairs, start = [], [], [], [], [], 0
+    size, frames, scene, pairs = (config.img_size, config.img_size), [], [], []
     for i in tqdm(ids, name, leave=False, disable=None if progress else True):
-        count = scenes.length(i)
+        count, start = scenes.length(i), len(frames)
         chosen = np.unique(np.linspace(0, count - 1, min(count, config.max_frames)).round().astype(int))
-        frames = list(_readable(scenes, i, chosen, size))
-        pixels += [torch.from_numpy(np.array(f.image.convert("RGB"))).permute(2, 0, 1) for f in frames]
-        rays += [rays_of(f.K, f.size, patch_size) for f in frames]
-        R += [f.R for f in frames]
-        t += [f.t for f in frames]
-        pairs += [(start + j, start + k) for j, a in enumerate(frames) for k, b in enumerate(frames[:j]) if _may_ask(a, b, config.min_overlap)]
-        start += len(frames)
+        found = list(_readable(scenes, i, chosen, size))
+        pairs += [(start + j, start + k) for j, a in enumerate(found) for k, b in enumerate(found[:j]) if _may_ask(a, b, config.min_overlap)]
+        frames += [replace(f, depth=None, mask=None) for f in found]
+        scene += [i] * len(found)
     if not pairs:
-        raise UserError(f"{name}: none of {start} frames of {len(ids)} scenes make a pair that moved" + f" and overlaps by min_overlap {config.min_overlap}; lower it" * (config.min_overlap > 0))
-    return PoseViews(torch.stack(pixels), torch.tensor(np.stack(rays), dtype=torch.float32), np.stack(R), np.stack(t), np.sort(pairs, axis=1))
+        raise UserError(f"{name}: none of {len(frames)} frames of {len(ids)} scenes make a pair that moved" + f" and overlaps by min_overlap {config.min_overlap}; lower it" * (config.min_overlap > 0))
+    return PoseViews.of(frames, patch_size, scene, pairs)
 
-# %% ../../nbs/evaluation/49_pose.ipynb #9037a3df
+# %% ../../nbs/evaluation/49_pose.ipynb #865007ab
 def _readable(scenes: PosedScenes, i: int, chosen: Sequence[int], size: tuple[int, int]) -> Iterator[PosedFrame]:
     for k in chosen:
         try:
@@ -213,13 +232,13 @@ def _readable(scenes: PosedScenes, i: int, chosen: Sequence[int], size: tuple[in
 def _may_ask(a: PosedFrame, b: PosedFrame, min_overlap: float) -> bool:
     return bool(np.linalg.norm(relative_pose(a, b)[1]) > 1e-6) and (min_overlap <= 0 or overlap(a, b) >= min_overlap)
 
-# %% ../../nbs/evaluation/49_pose.ipynb #8e483e16
+# %% ../../nbs/evaluation/49_pose.ipynb #c118c918
 @torch.no_grad()
 def patch_tokens(encoder: nn.Module, pixels: Tensor, device: str | torch.device = "cpu", batch_size: int = 64) -> Tensor:
     "Patch tokens (N, L, D) float32 on the CPU of pictures uint8 (N, 3, H, W), each on its own."
     return torch.cat([patch_features(encoder, normalise(some.to(device)))[0].float().cpu() for some in pixels.split(batch_size)])
 
-# %% ../../nbs/evaluation/49_pose.ipynb #96bb81eb
+# %% ../../nbs/evaluation/49_pose.ipynb #f0e52300
 class PoseReader:
     "An encoder and a head: reads the motion between two pictures. `tokens` of views may be kept by the caller where the encoder is frozen."
 
@@ -242,12 +261,10 @@ class PoseReader:
     def __call__(self, a: PosedFrame, b: PosedFrame) -> tuple[np.ndarray, np.ndarray]:
         "R (3, 3) and unit t (3,) between two frames, of which only pictures and K are looked at."
         frames = [f.resized((self.img_size, self.img_size)) for f in (a, b)]
-        pixels = torch.stack([torch.from_numpy(np.array(f.image.convert("RGB"))).permute(2, 0, 1) for f in frames])
-        rays = torch.tensor(np.stack([rays_of(f.K, f.size, encoder_patch_size(self.encoder)) for f in frames]), dtype=torch.float32)
-        R, t = self.read(PoseViews(pixels, rays, np.zeros((2, 3, 3)), np.zeros((2, 3)), np.array([[0, 1]])), np.array([[0, 1]]))
+        R, t = self.read(PoseViews.of(frames, encoder_patch_size(self.encoder), [0, 0], [(0, 1)]), np.array([[0, 1]]))
         return R[0], t[0]
 
-# %% ../../nbs/evaluation/49_pose.ipynb #e7bc8c6a
+# %% ../../nbs/evaluation/49_pose.ipynb #7824cd75
 def fit_pose(encoder: nn.Module, train: PoseViews, val: PoseViews, config: PoseConfig, device: str | torch.device = "cpu", progress: bool = True,
              name: str = "pose") -> tuple[PoseReader, list[dict]]:
     "The head (and, if config.tune, a trained copy of the encoder) that did best on pairs of `val`, and the history: step, loss of training since the last one, val (median pose error)."
@@ -284,12 +301,12 @@ def fit_pose(encoder: nn.Module, train: PoseViews, val: PoseViews, config: PoseC
     reader.head.eval(), encoder.eval()
     return reader, history
 
-# %% ../../nbs/evaluation/49_pose.ipynb #f930e045
+# %% ../../nbs/evaluation/49_pose.ipynb #92b3282e
 @dataclass(frozen=True)
 class PoseResult:
     """How well one reader does on the test pairs: areas under the curve, one (value, low, high) for each of `thresholds` degrees, and medians of the angles in degrees, likewise.
 
-    low, high: 95 % of `samples` resamplings of the pairs. They do not know that pairs of one scene are alike: another set of scenes may differ by more. `errors`: the pose error of each pair."""
+    low, high: 95 % of resamplings of the test scenes, each with all of its pairs; nan if there is only one. `errors`: the pose error of each pair."""
     encoder: str
     thresholds: tuple[float, ...]
     auc: tuple[tuple[float, float, float], ...]
@@ -297,6 +314,7 @@ class PoseResult:
     translation: tuple[float, float, float]
     error: tuple[float, float, float]
     pairs: int
+    scenes: int
     trained_pairs: int
     tuned: bool
     fold: bool
@@ -304,62 +322,61 @@ class PoseResult:
     errors: tuple[float, ...]
 
 
-def judge(name: str, said: tuple[np.ndarray, np.ndarray], truth: tuple[np.ndarray, np.ndarray], config: PoseConfig, trained_pairs: int = 0, tuned: bool = False, step: int = 0) -> PoseResult:
-    "The result of R (n, 3, 3) and t (n, 3), `said` against `truth`. All readers are resampled alike (config.seed)."
+def judge(name: str, said: tuple[np.ndarray, np.ndarray], truth: tuple[np.ndarray, np.ndarray], scene: np.ndarray, config: PoseConfig, trained_pairs: int = 0, tuned: bool = False, step: int = 0) -> PoseResult:
+    "The result of R (n, 3, 3) and t (n, 3), `said` against `truth`, of pairs of the scenes `scene` (n,). All readers are resampled alike (config.seed)."
     rotation, translation = pose_errors(*said, *truth, config.fold)
-    angles = np.stack([rotation, translation, np.maximum(rotation, translation)])
-    again = angles[:, np.random.default_rng((config.seed, 3)).integers(angles.shape[1], size=(config.samples, angles.shape[1]))]
-    ends = lambda x: np.quantile(x, (.025, .975), axis=0).T
-    triple = lambda value, low_high: (float(value), *map(float, low_high))
-    medians = [triple(*pair) for pair in zip(np.median(angles, -1), ends(np.median(again, -1).T))]
-    auc = tuple(triple(*pair) for pair in zip(pose_auc(angles[2], config.thresholds), ends(pose_auc(again[2], config.thresholds))))
-    return PoseResult(name, tuple(config.thresholds), auc, *medians, angles.shape[1], trained_pairs, tuned, config.fold, step, tuple(angles[2].round(3).tolist()))
+    angles, groups = np.stack([rotation, translation, np.maximum(rotation, translation)]), [np.flatnonzero(scene == i) for i in np.unique(scene)]
+    numbers = lambda x: np.concatenate([pose_auc(x[2], config.thresholds), np.median(x, axis=1)])
+    rng = np.random.default_rng((config.seed, 3))
+    again = [numbers(angles[:, np.concatenate([groups[g] for g in rng.integers(len(groups), size=len(groups))])]) for _ in range(config.samples)]
+    low, high = np.quantile(again, (.025, .975), axis=0) if len(groups) > 1 else np.full((2, len(config.thresholds) + 3), np.nan)
+    *auc, turned, moved, both = zip(numbers(angles).tolist(), low.tolist(), high.tolist())
+    return PoseResult(name, tuple(config.thresholds), tuple(auc), turned, moved, both, len(scene), len(groups), trained_pairs, tuned, config.fold, step, tuple(angles[2].round(3).tolist()))
 
-# %% ../../nbs/evaluation/49_pose.ipynb #97da66c0
-def split_scenes(count: int, config: PoseConfig, test: bool = True) -> tuple[list[int], list[int], list[int]]:
-    "Numbers of the scenes for training, validation and (if `test`) test, shuffled by config.seed; at least one of each. UserError if there are too few."
+# %% ../../nbs/evaluation/49_pose.ipynb #7e41e247
+def pose_scenes(count: int, seed: int, test: bool = True) -> tuple[list[int], list[int], list[int]]:
+    "Numbers of the scenes for training, validation and (if `test`) test, the one that `match` has with this seed; at least one of each. UserError if there are too few."
     need = 2 + test
     if count < need:
         raise UserError(f"{count} scene{'s' * (count != 1)}: relative pose needs at least {need}, one each for training, validation{' and test' * test}")
-    order = np.random.default_rng((config.seed, 0)).permutation(count).tolist()
-    last, held = (max(1, round(count * config.test_share)) if test else 0), max(1, round(count * config.val_share))
-    last, held = min(last, count - 2), min(held, max(1, count - last - 1))
-    return order[last + held:], order[last:last + held], order[:last]
+    rng = np.random.default_rng((seed, 3))    # as posed_splits
+    if test:
+        return split_scenes(count, rng)
+    order, held = rng.permutation(count).tolist(), max(1, round(.1 * count))
+    return sorted(order[held:]), sorted(order[:held]), []
 
-# %% ../../nbs/evaluation/49_pose.ipynb #73c2d121
+# %% ../../nbs/evaluation/49_pose.ipynb #f29029f2
 class PoseComparison(NamedTuple):
-    "Results, the encoder's first; the reader that was trained on the encoder; the first and the last frame of a test scene."
+    "Results, the encoder's first; the reader that was trained on the encoder; two test frames as they were read, the first of a scene and the last that makes a pair with it."
     rows: list[PoseResult]
     reader: PoseReader
     example: tuple[PosedFrame, PosedFrame]
 
-# %% ../../nbs/evaluation/49_pose.ipynb #9dce4d48
+# %% ../../nbs/evaluation/49_pose.ipynb #a3c77801
 def compare_pose(encoder: nn.Module, scenes: PosedScenes, test: PosedScenes | None = None, untrained: Callable[[], nn.Module] | None = None, config: PoseConfig = PoseConfig(),
                  device: str | torch.device = "cpu", progress: bool = True) -> PoseComparison:
     """Results of the encoder, of `untrained()` (its architecture with initial weights, if given), of the mean motion of the training pairs, and of "the same camera".
 
     test: scenes for the test alone; by default some of `scenes`. UserError for too few scenes, pairs that do not exist, or a size that does not fit the patches."""
-    config, patch = replace(config, img_size=config.img_size or encoder_size(encoder)), encoder_patch_size(encoder)
+    config, patch = replace(config, img_size=encoder_size(encoder) if config.img_size is None else config.img_size), encoder_patch_size(encoder)
     if config.img_size < patch or config.img_size % patch:
         raise UserError(f"img_size {config.img_size} is not a multiple of the encoder's patch_size {patch}")
-    if min(config.steps, config.batch_size, config.eval_every, config.val_pairs, config.test_pairs) < 1:
-        raise UserError("steps, batch_size, eval_every, val_pairs and test_pairs must be at least 1")
-    ids = split_scenes(len(scenes), config, test is None)
+    ids = pose_scenes(len(scenes), config.seed, test is None)
     read = lambda among, ids, name: read_views(among, ids, patch, config, f"{name} scenes", progress)
     train, val = read(scenes, ids[0], "training"), read(scenes, ids[1], "validation")
     judged = read(scenes, ids[2], "test") if test is None else read(test, range(len(test)), "test")
     pairs = judged.draw(min(config.test_pairs, len(judged.pairs)), np.random.default_rng((config.seed, 4)))
-    truth, rows, readers = judged.motion(pairs), [], []
+    truth, scene, rows, readers = judged.motion(pairs), judged.scene[pairs[:, 0]], [], []
     for name, one in (("encoder", encoder), *([("untrained", untrained())] if untrained else ())):
         reader, history = fit_pose(one, train, val, config, device, progress, name)
         tokens = None if config.tune else patch_tokens(reader.encoder, judged.pixels, device)
         readers.append(reader)
-        rows.append(judge(name, reader.read(judged, pairs, tokens), truth, config, len(train.pairs), config.tune, min(history, key=lambda h: h["val"])["step"]))
+        rows.append(judge(name, reader.read(judged, pairs, tokens), truth, scene, config, len(train.pairs), config.tune, min(history, key=lambda h: h["val"])["step"]))
     seen = train.motion(np.concatenate([train.pairs, train.pairs[:, ::-1]]))
     for name, R, t in (("mean motion", _mean_rotation(seen[0]), seen[1].mean(0)), ("same camera", np.eye(3), np.zeros(3))):
-        rows.append(judge(name, (np.broadcast_to(R, truth[0].shape), np.broadcast_to(t, truth[1].shape)), truth, config))
-    among, first = (scenes, ids[2][0]) if test is None else (test, 0)
-    return PoseComparison(rows, readers[0], (among.frame(first, 0), among.frame(first, among.length(first) - 1)))
+        rows.append(judge(name, (np.broadcast_to(R, truth[0].shape), np.broadcast_to(t, truth[1].shape)), truth, scene, config))
+    first = judged.pairs[judged.pairs[:, 0] == judged.pairs[0, 0]][-1]
+    return PoseComparison(rows, readers[0], tuple(map(judged.frame, first)))
 
 
 def _mean_rotation(R: np.ndarray) -> np.ndarray:
@@ -369,15 +386,16 @@ def _mean_rotation(R: np.ndarray) -> np.ndarray:
 
 
 def format_table(rows: Sequence[PoseResult]) -> str:
-    "Results as text: AUC in percent with its interval, medians in degrees."
+    "Results as text: AUC in percent with its interval (-: a single scene has none), medians in degrees."
+    text = lambda value, low, high, scale=1.: f"{scale * value:.1f} " + ("-" if math.isnan(low) else f"[{scale * low:.1f}, {scale * high:.1f}]")
     head = ["reader", *[f"AUC@{t:g}" for t in rows[0].thresholds], "rotation", "translation", "pose error"]
-    body = [[r.encoder + " (tuned)" * r.tuned, *[f"{100 * v:.1f} [{100 * low:.1f}, {100 * high:.1f}]" for v, low, high in r.auc],
-             *[f"{v:.1f} [{low:.1f}, {high:.1f}]" for v, low, high in (r.rotation, r.translation, r.error)]] for r in rows]
+    body = [[r.encoder + " (tuned)" * r.tuned, *[text(*x, 100.) for x in r.auc], *[text(*x) for x in (r.rotation, r.translation, r.error)]] for r in rows]
     widths = [max(map(len, column)) for column in zip(head, *body)]
     line = lambda cells: "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths)))
-    return "\n".join([line(head), *map(line, body), f"{rows[0].pairs} pairs; AUC in %, medians in degrees, 95 % intervals over pairs" + "; t and -t count alike" * rows[0].fold])
+    about = f"{rows[0].pairs} pairs of {rows[0].scenes} scene{'s' * (rows[0].scenes != 1)}; AUC in %, medians in degrees" + ", 95 % intervals over scenes" * (rows[0].scenes > 1)
+    return "\n".join([line(head), *map(line, body), about + "; t and -t count alike" * rows[0].fold])
 
-# %% ../../nbs/evaluation/49_pose.ipynb #016008a1
+# %% ../../nbs/evaluation/49_pose.ipynb #bb0bf42f
 def epipolar_lines(a: PosedFrame, b: PosedFrame, R: np.ndarray, t: np.ndarray, places: np.ndarray) -> np.ndarray:
     "Lines (n, 3), p u + q v + r = 0, in b's pixels on which places (n, 2) of a must lie after the motion R, t."
     rays = np.column_stack([places, np.ones(len(places))]) @ np.linalg.inv(a.K).T
@@ -389,30 +407,31 @@ def pose_figure(rows: Sequence[PoseResult], pair: tuple[PosedFrame, PosedFrame, 
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 3 if pair else 1, figsize=(8.5 if pair else 4, 2.8), dpi=72, width_ratios=[1.4, 1, 1] if pair else None, layout="constrained", squeeze=False)
     limit = 2 * max(rows[0].thresholds)
-    for row in rows:
+    for row, style in zip(rows, cycle(("-", "-.", "--", ":"))):
         e = np.sort(row.errors)
-        axes[0, 0].step([0, *e, 181], [*np.arange(len(e) + 1) / len(e), 1], where="post", label=row.encoder)
+        axes[0, 0].step([0, *e, 181], [*np.arange(len(e) + 1) / len(e), 1], style, where="post", label=row.encoder)
     for threshold in rows[0].thresholds:
         axes[0, 0].axvline(threshold, color=".85", lw=.8, zorder=0)
-    top = max((np.array(row.errors) < limit).mean() for row in rows)
-    axes[0, 0].set(xlim=(0, limit), ylim=(0, min(1, 1.1 * top + .02)), xlabel="pose error (degrees)", ylabel="share of pairs below")
+    top = 1.1 * max((np.array(row.errors) < limit).mean() for row in rows) + .02
+    axes[0, 0].set(xlim=(0, limit), ylim=(-.04 * top, top), xlabel="pose error (degrees)", ylabel="share of pairs below")    # a line at 0 is seen too
     axes[0, 0].legend(frameon=False, fontsize=8)
     if pair:
         _draw_lines(axes[0, 1:], *pair)
     plt.close(figure)
     return figure
 
-# %% ../../nbs/evaluation/49_pose.ipynb #37693029
+# %% ../../nbs/evaluation/49_pose.ipynb #81ed5703
 def _draw_lines(axes, a: PosedFrame, b: PosedFrame, R: np.ndarray, t: np.ndarray):
+    from matplotlib.patheffects import withStroke
     places = np.array([[x, y] for y in (.3, .7) for x in (.3, .7)]) * (np.array(a.size[::-1]) - 1)
     for axis, frame, title in ((axes[0], a, "a: four places"), (axes[1], b, "b: lines read, true (dashed)")):
         axis.imshow(frame.image)
         axis.set(xticks=[], yticks=[], xlim=(-.5, frame.size[1] - .5), ylim=(frame.size[0] - .5, -.5))
         axis.set_title(title, fontsize=9)
-    colours = ("#ff5050", "#ffd040", "#50e0ff", "#ff80ff")
-    axes[0].scatter(*places.T, c=colours, s=30, edgecolors="black", linewidths=.6)
+    colours, edge = ("#ff4040", "#ffd020", "#40ff60", "#ff70ff"), [withStroke(linewidth=2.6, foreground="black")]
+    axes[0].scatter(*places.T, c=colours, s=45, edgecolors="white", linewidths=1.2, path_effects=edge)
     across = np.array([-.5, b.size[1] - .5])
     for motion, style in (((R, t), "-"), (relative_pose(a, b), "--")):
         for (p, q, r), colour in zip(epipolar_lines(a, b, *motion, places), colours):
             if abs(q) > 1e-12:    # an upright line is outside what `across` can draw
-                axes[1].plot(across, -(p * across + r) / q, style, color=colour, lw=1.3)
+                axes[1].plot(across, -(p * across + r) / q, style, color=colour, lw=1.3, path_effects=edge)

@@ -41,7 +41,7 @@ from ..parts.weights import UserError
 from .checkpoints import clean_aside, latest_checkpoint, save_checkpoint, write_state
 from .optimisation import adamw, parameter_groups, peak_lr, set_lr, step_lr
 from .config import Config, config_from_dict, config_to_dict, kind_name, replace_in, validate
-from .data import batches, open_views
+from .data import batches, open_views, part_of_mixture
 from ..views.samples import Views, loader
 
 # %% ../../nbs/training/33_pretrain.ipynb #e92cac81
@@ -137,6 +137,7 @@ def fingerprint(config: Config) -> str:
     plain = config_to_dict(config)
     free = _FREE | {"train": tuple(n for n in _FREE["train"] if n != "accumulate" or not getattr(config.method, "decoder_dropout", 0))}
     kept = {k: {n: x for n, x in v.items() if n not in free.get(k, ())} if isinstance(v, dict) else v for k, v in plain.items()}
+    kept["data"]["mixture"] = [(layout, weight) for layout, _, weight in map(part_of_mixture, config.data.mixture)]  # folders may move
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../../nbs/training/33_pretrain.ipynb #6349c89b
@@ -210,7 +211,8 @@ def start_accelerator(config: Config):
         except ImportError:
             raise UserError("--train.wandb needs the package wandb: pip install wandb") from None
     ddp = DistributedDataParallelKwargs(find_unused_parameters=several and bool(config.method.idle_parameters()))
-    accelerator = Accelerator(cpu=t.device == "cpu", mixed_precision=_precision(config), kwargs_handlers=[ddp], project_dir=".",
+    cpu = t.device == "cpu" or t.device == "auto" and not (torch.cuda.is_available() or torch.backends.mps.is_available())  # else torchrun starts trainings that do not know of each other
+    accelerator = Accelerator(cpu=cpu, mixed_precision=_precision(config), kwargs_handlers=[ddp], project_dir=".",
                               log_with=["tensorboard"] + (["wandb"] if t.wandb else []))
     if accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -527,13 +529,13 @@ def pretrain(config: Config, run_dir: Path | str | None = None, probe: Probe | N
 
 
 def resume(run_dir: Path | str, probe: Probe | None = None, figure: Figure | None = None, progress: bool = True,
-           root: Path | None = None, workers: int | None = None, device: str | None = None) -> Path:
+           root: Path | None = None, workers: int | None = None, device: str | None = None, mixture: tuple[str, ...] | None = None, images: Path | None = None) -> Path:
     """Go on with a run from its last checkpoint, or from the beginning if it has none; a finished run is left as it is.
 
-    root, workers, device: this time take the data from there, use so many workers, compute there. Raises as `pretrain` does."""
+    root, mixture, images, workers, device: this time take the data from there, use so many workers, compute there. Raises as `pretrain` does."""
     run_dir = Path(run_dir)
     config = read_config(run_dir)
-    for name, value in (("data.root", root), ("data.workers", workers), ("train.device", device)):
+    for name, value in (("data.root", root), ("data.mixture", mixture), ("data.images", images), ("data.workers", workers), ("train.device", device)):
         config = config if value is None else replace_in(config, name, value)
     if is_finished(run_dir):
         if progress and int(os.environ.get("RANK", 0)) == 0:

@@ -414,7 +414,7 @@ def open_scenes(root: str | Path, layout: str = "auto", limit: int | None = None
     try:
         layout = recognise(root) if layout == "auto" else layout
         if chunk is not None and layout in ("megadepth", "megascenes"):
-            raise UserError(f"data.chunk {chunk}: the images of {layout} have no order to cut. Leave it out")
+            raise UserError(f"chunk {chunk}: the images of {layout} have no order to cut. Leave it out")
         found = frame_lists(root, (scene for scene in _scenes(root, layout, split, chunk, Grouping(as_paper, group_size, tries, seed, min_frames)) if scene[1]))
     except OSError as error:
         raise UserError(f"cannot read {error.filename or root}: {error.strerror or error}. Check the folder and its permissions") from error
@@ -422,7 +422,7 @@ def open_scenes(root: str | Path, layout: str = "auto", limit: int | None = None
         raise UserError(f"no {split} scenes in {root}, read as {layout}: {_looked_for(layout)}")
     longest, found = found.sizes.max(), found.at_least(min_frames)
     if not len(found):
-        raise UserError(f"no sequence of {min_frames} frames in {root}, read as {layout}: the longest of {found.left_out} has {longest}. Lower min_frames, or give other data")
+        raise UserError(f"no sequence of {min_frames} frames in {root}, read as {layout}: the longest of {found.left_out} has {longest}. Lower min_frames (and the number of views), or give other data")
     return found if limit is None or limit >= len(found) else found.take(np.arange(limit) * len(found) // limit)
 
 # %% ../../nbs/views/38_scene_data.ipynb #12f85e51
@@ -430,12 +430,12 @@ def _check(root: str, layout: str, limit: int | None, split: str, min_frames: in
     if not os.path.isdir(root):
         raise UserError(f"{root} is {'a file, not a folder' if os.path.exists(root) else 'missing'}: give the folder that holds the scenes (--data.root DIR)")
     if layout not in ("auto", *LAYOUTS):
-        raise UserError(f"data.layout {layout!r} is unknown: choose auto, {', '.join(LAYOUTS)}")
+        raise UserError(f"layout {layout!r} is unknown: choose auto, {', '.join(LAYOUTS)}")
     if split not in _OR:
-        raise UserError(f"data.split {split!r} is unknown: choose train, val or test")
+        raise UserError(f"split {split!r} is unknown: choose train, val or test")
     for name, value, least in (("limit", limit, 1), ("min_frames", min_frames, 1), ("chunk", chunk, 0), ("group_size", group_size, 2), ("tries", tries, 1)):
         if value is not None and value < least:
-            raise UserError(f"data.{name} {value} must be at least {least}")
+            raise UserError(f"{name} {value} must be at least {least}")
 
 
 def _looked_for(layout: str) -> str:

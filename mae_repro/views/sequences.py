@@ -121,7 +121,7 @@ class FrameLists(Listed):
         "The sequences of `min_frames` or more; `left_out` says how many others there were, and the log does."
         kept = np.flatnonzero(self.sizes >= min_frames)
         if short := len(self) - len(kept):
-            log.info("%d of %d sequences in %s have fewer than %d frames and are left out", short, len(self), self.root, min_frames)
+            log.warning("%d of %d sequences in %s have fewer than %d frames and are left out", short, len(self), self.root, min_frames)
         return replace(self.take(kept), left_out=self.left_out + short)
 
 # %% ../../nbs/views/37_sequences.ipynb #607a5488
