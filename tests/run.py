@@ -96,7 +96,7 @@ def main() -> int:
         if found:
             print(*found, f"-> {advice}", sep="\n", file=sys.stderr)
             return 1
-    return subprocess.call([sys.executable, "-m", "pytest", "-q", "tests"], cwd=ROOT, env={**os.environ, "MPLBACKEND": "Agg"})
+    return subprocess.call([sys.executable, "-m", "pytest", "-q", "-rs", "tests"], cwd=ROOT, env={**os.environ, "MPLBACKEND": "Agg"})
 
 
 if __name__ == "__main__":
