@@ -97,7 +97,8 @@ def emit(value: Any, where: str | None, text: str = "") -> None:
         print(text, file=sys.stderr if where == "-" else sys.stdout)
     if where is None:
         return
-    plain = json.dumps(value, indent=2, default=lambda v: asdict(v) if is_dataclass(v) else str(v), allow_nan=True)
+    numbers = json.loads(json.dumps(value, default=lambda v: asdict(v) if is_dataclass(v) else str(v)), parse_constant=lambda _: None)  # JSON has no NaN
+    plain = json.dumps(numbers, indent=2)
     if where == "-":
         print(plain)
     else:
@@ -737,9 +738,10 @@ def inspect_attention(args: list[str]) -> int:
         if not any(scenes.length(i) > 1 for i in range(len(scenes))):
             raise UserError(f"{a.data.root}: no scene in it has two frames, which attention between views needs")
         ends = [(i, *sorted({0, scenes.length(i) - 1})) for i in range(len(scenes)) if scenes.length(i) > 1]
-        rows = attention.attention_errors(model, scenes, [pair for i, one, two in ends for pair in ((i, one, two), (i, two, one))], size, a.moved, seed=a.seed)
+        pairs = [pair for i, one, two in ends for pair in ((i, one, two), (i, two, one))]
+        rows = attention.attention_errors(model, scenes, pairs, size, a.moved, seed=a.seed)
         text = attention.format_errors(rows)
-        figure = lambda: _attention_of(model, [scenes.frame(ends[0][0], k).resized((size, size)) for k in ends[0][1:]])
+        figure = lambda: _attention_of(model, next(attention.readable_pairs(scenes, pairs, size))[1:])
     else:
         rows = attention.who_talks(model, open_images(a.data.root, limit=a.data.limit), size, a.batch_size, seed=a.seed)
         text, figure = attention.format_talks(rows), lambda: attention.talk_figure(rows)

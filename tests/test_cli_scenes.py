@@ -100,12 +100,22 @@ def test_attentive_probe(tmp_path, said):
     assert code == 2 and "--pool" in err
 
 
+def test_inspect_writes_one_page(tmp_path, said):
+    for name, wanted in (("mum-tiny", "Where one patch looks"), ("mae-tiny", "Who talks to whom")):
+        code, out, err = said("inspect", name, "--out", tmp_path / f"{name}.html")
+        page = (tmp_path / f"{name}.html").read_text()
+        assert code == 0 and wanted in page and "Which block draws what" in page and 'src="http' not in page, err
+    Image.new("RGB", (30, 20), (200, 0, 0)).save(tmp_path / "one.png")
+    code, out, err = said("inspect", "mum-tiny", tmp_path / "one.png", "--out", tmp_path / "x.html")
+    assert code == 2 and "4 views" in err and not (tmp_path / "x.html").exists()
+
+
 def test_inspect_attention(scenes, tmp_path, said):
     code, out, err = said("inspect", "attention", "mum-tiny", "--data.root", scenes, "--img-size", 48, "--figure", tmp_path / "a.png", "--json", tmp_path / "a.json")
     assert code == 0, err
     assert len(json.loads((tmp_path / "a.json").read_text())) >= 2 and (tmp_path / "a.png").is_file()
     code, out, err = said("inspect", "attention", "mae-tiny", "--img-size", 48, "--json", "-")
     assert code == 0 and json.loads(out), err
-    for args, says in (((), "attention"), (("nothing",), "attention"), (("attention", "mum-tiny", "--img-size", 7), "--img-size"), (("attention", "mum-tiny", "--data.root", tmp_path / "no"), "no such folder")):
+    for args, says in (((), "RUN"), (("nothing",), "no such file"), (("attention", "mum-tiny", "--img-size", 7), "--img-size"), (("attention", "mum-tiny", "--data.root", tmp_path / "no"), "no such folder")):
         code, out, err = said("inspect", *args)
         assert code == 2 and says in err and "Traceback" not in err, err

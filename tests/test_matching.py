@@ -140,7 +140,7 @@ def test_truth_of_one_place_by_hand():
     assert not D.depth_warp(unknown, b, (6, 8))[1][:, 2].any() and D.depth_warp(unknown, b, (6, 8))[1][:5, 3].all()
 
 
-@pytest.mark.parametrize("there, valid", [(2.1, True), (2.12, False), (1.91, True), (1.903, False)])   # a twentieth of b's depth, not of the projected one
+@pytest.mark.parametrize("there, valid", [(2.104, True), (2.107, False), (1.907, True), (1.903, False)])   # a twentieth of b's depth, not of the projected one
 def test_how_far_depths_may_differ(there, valid):
     a = PosedFrame(Image.new("RGB", (8, 8)), np.array([[4., 0, 3.5], [0, 4, 3.5], [0, 0, 1]]), np.eye(3), np.zeros(3), np.full((8, 8), 2., np.float32))
     assert (D.depth_warp(a, replace(a, depth=np.full((8, 8), there, np.float32)), (8, 8))[1][1:6, 1:6] == valid).all()
@@ -151,9 +151,9 @@ def test_how_far_depths_may_differ(there, valid):
 def test_where_valid_places_begin_and_end():
     "Half a pixel from the left and top edges, because depth is 0 beyond them; one pixel from the right and bottom ones."
     a = PosedFrame(Image.new("RGB", (8, 8)), np.array([[4., 0, 3.5], [0, 4, 3.5], [0, 0, 1]]), np.eye(3), np.zeros(3), np.full((8, 8), 2., np.float32))
-    warp, valid = D.depth_warp(a, a, (800, 800))
-    corner = ((warp + 1) / 2 * 8)[valid]
-    assert np.abs(corner.min(0) - .45).max() < .02 and np.abs(corner.max(0) - 7).max() < .02
+    for shift, end, edge in ((-.5, "min", .45), (.5, "max", 7.)):   # by a pixel up and left, or down and right; .45: there bilinear depth with 0 beyond is within a twentieth
+        warp, valid = (x[25:-25, 25:-25] for x in D.depth_warp(a, replace(a, t=np.array([shift, shift, 0])), (400, 400)))   # without the outer half pixels of a, whose depth is padded too
+        assert np.abs(getattr(((warp + 1) / 2 * 8)[valid], end)(0) - edge).max() < .03
 
 
 def test_behind_the_camera_is_no_match():
@@ -219,11 +219,11 @@ def test_frames_that_cannot_be_read_are_named_and_counted(tmp_path, scenes, capl
     assert whole.skipped == () and not caplog.text
     maps[0][1].unlink(), Image.fromarray(np.zeros((9, 9), np.uint16)).save(maps[1][2])
     found = D.open_pairs(tmp_path, num=(30, 30, 30), span=(0., 1.))
-    assert len(found.skipped) == 2 and "2 frames" in caplog.text and str(maps[0][1]) in found.skipped[0] and str(maps[1][2]) in found.skipped[1]
+    assert len(found.skipped) == 2 and "in no pair: 2, the first" in caplog.text and str(maps[0][1]) in found.skipped[0] and str(maps[1][2]) in found.skipped[1]
     assert not {(0, 1), (1, 2)} & {(s, k) for part in (found.train, found.val, found.test) for s, a, b in part.index for k in (a, b)}
     for path in sum(maps, [])[:-1]:
         path.unlink(missing_ok=True)
-    with pytest.raises(UserError, match=f"14 frames that were left out, the first: {maps[0][0]}"):
+    with pytest.raises(UserError, match=f"left out: 14, the first: {maps[0][0]}"):
         D.open_pairs(tmp_path, num=(30, 30, 30), span=(0., 1.))
 
 
@@ -669,7 +669,7 @@ def test_the_best_look_is_kept_not_the_last(monkeypatch):
 def test_a_head_that_diverged_is_never_chosen_and_stops_no_other(clip):
     config = M.MatchConfig(steps=60, lrs=(1e-2,), weight_decays=(.1,), looks=2, clip=clip)
     both = M.train_heads(toy_bank(0), toy_bank(1), (0, True), replace(config, lrs=(1e30, 1e-2)))
-    assert both.lr == 1e-2 and np.isfinite(both.epe) and both.heads.weight.isfinite().all() and both.step == 60 and both.losses[:, 1].isfinite().all()
+    assert both.lr == 1e-2 and np.isfinite(both.epe) and both.heads.weight.isfinite().all() and both.losses[:, 1].isfinite().all()
     with pytest.raises(UserError, match="every head of the matching probe diverged: give lower --lrs than 1e\\+30$"):
         M.train_heads(toy_bank(0), toy_bank(1), (0, True), replace(config, lrs=(1e30,)))
 
@@ -759,6 +759,7 @@ def test_bad_settings(change):
 
 
 def test_a_size_of_nothing_is_not_the_default(encoder, splits):
+    assert M.match_size(encoder, None) == (32, 32)
     with pytest.raises(UserError, match="img_size 0"):
         M.match(encoder, None, None, splits.test, replace(FAST, probe=False, img_size=(0, 0)))
 

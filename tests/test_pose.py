@@ -211,8 +211,10 @@ def test_scenes_are_split_without_meeting():
         assert sorted(train + val) == list(range(count)) and train and val and test == []
     with pytest.raises(UserError, match="at least 3"):
         pose_scenes(2, 0)
-    scenes = RenderedScenes(6, 4, 32, seed=1)                                     # match and pose ask about the same scenes
-    assert {i for i, _, _ in posed_splits(scenes, (0, 0, 12), (.05, 1.), seed=4).test.index} == set(pose_scenes(6, 4)[2])
+    scenes = RenderedScenes(10, 2, 32, seed=1)                                    # match and pose ask about the same scenes
+    for seed in range(3):
+        asked = {i for i, _, _ in posed_splits(scenes, (0, 0, 4), (.01, 1.), seed).test.index}
+        assert asked and asked <= set(pose_scenes(10, seed)[2])
 
 
 def test_training_validation_and_test_see_different_scenes(monkeypatch):
@@ -305,7 +307,7 @@ def test_intervals_come_from_scenes():
 
 
 @pytest.mark.parametrize("change, said", [(dict(img_size=60), "img_size 60 is not a multiple"), (dict(steps=0), "at least 1"), (dict(batch_size=0), "at least 1"),
-                                          (dict(img_size=0), "img_size 0 is not"), (dict(seed=-1), "seed -1 not negative"), (dict(dim=30, num_heads=4), "dim 30")])
+                                          (dict(img_size=0), "img_size 0 is not"), (dict(seed=-1), "seed -1 must not be negative"), (dict(dim=30, num_heads=4), "dim 30")])
 def test_bad_settings(change, said):
     with pytest.raises(UserError, match=said):
         compare_pose(small_encoder(), Moving(4), config=replace(CONFIG, **change), progress=False)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'THRESHOLDS', 'Key', 'log_probs', 'kernel_warp', 'full_warp', 'pair_statistics', 'summarise', 'interval',
            'nearest_cells', 'Bank', 'pair_images', 'gather_pairs', 'Heads', 'match_loss', 'HeadsAdamW', 'MatchConfig',
-           'measure', 'Trained', 'train_heads', 'MatchRow', 'MatchResult', 'match_row', 'match', 'format_table',
-           'stay_row', 'compare', 'find_matches', 'match_figure']
+           'measure', 'Trained', 'train_heads', 'MatchRow', 'MatchResult', 'match_row', 'match_size', 'match',
+           'format_table', 'stay_row', 'compare', 'find_matches', 'match_figure']
 
 # %% ../../nbs/evaluation/47_matching.ipynb #0841667e
 import logging
@@ -123,10 +123,7 @@ def pair_images(pair: MatchPair, size: tuple[int, int]) -> Tensor:
 def gather_pairs(encoder: nn.Module, pairs: Pairs, size: tuple[int, int], keys: Sequence[Key] = ((-1, True),), full: bool = True, batch_size: int = 8,
                  device: str | torch.device = "cpu", amp: bool = False, progress: bool = False) -> Bank:
     "Features and truth of all pairs; unreadable ones are left out and named. amp: bfloat16, features are then kept in it. UserError: not one can be read, or a size that is no multiple of the patch."
-    try:
-        grid = grid_size(size, encoder_patch_size(encoder))
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    grid = grid_size(match_size(encoder, size), encoder_patch_size(encoder))
     device, found, truth, skipped = torch.device(device), {key: [] for key in keys}, [], []
     for start in tqdm(range(0, len(pairs), batch_size), "features", disable=None if progress else True, leave=False):
         images = []
@@ -329,13 +326,23 @@ def match_row(statistics: Tensor, encoder: str, key: tuple[int | None, bool | No
                     *((trained.lr, trained.weight_decay, trained.step) if trained else (None, None, None)), skipped)
 
 # %% ../../nbs/evaluation/47_matching.ipynb #48bd7776
+def match_size(encoder: nn.Module, img_size: tuple[int, int] | None) -> tuple[int, int]:
+    "Height and width at which pictures are shown, None: the encoder's own. UserError if the patches do not fit."
+    size = 2 * (encoder_size(encoder),) if img_size is None else tuple(img_size)
+    try:
+        grid_size(size, encoder_patch_size(encoder))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return size
+
+
 def match(encoder: nn.Module, train_pairs: Pairs | None, val_pairs: Pairs | None, test_pairs: Pairs, config: MatchConfig = MatchConfig(), device: str | torch.device = "cpu",
           progress: bool = False, name: str = "encoder") -> MatchResult:
     """EPE, robustness and PCK of a frozen encoder: for each layer, with and/or without norm, a row by cosine, and one by the probe if config.probe.
 
     UserError: pairs for training or choosing are missing, no pixel has a known match, a size or layer that the encoder does not have."""
     depth, device = len(encoder.blocks) if hasattr(encoder, "blocks") else 1, torch.device(device)
-    size = 2 * (encoder_size(encoder),) if config.img_size is None else tuple(config.img_size)
+    size = match_size(encoder, config.img_size)
     layers = config.layers or tuple(range(depth))
     if not all(-depth <= k < depth for k in layers):
         raise UserError(f"layer {layers} must be a block of this encoder: it has {depth}, so give {-depth}..{depth - 1}")

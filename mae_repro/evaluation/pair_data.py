@@ -226,7 +226,7 @@ def posed_splits(scenes: PosedScenes, num: tuple[int, int, int] = (400, 80, 120)
     skipped = _left_out(broken)
     if not any(parts):
         raise UserError(f"no two of the readable frames share {span[0]:.0%} to {span[1]:.0%} of what they see: widen --data.covisibility"
-                        + (f", or mend the {len(skipped)} frames that were left out, the first: {skipped[0]}" if skipped else ""))
+                        + (f", or mend the frames that were left out: {len(skipped)}, the first: {skipped[0]}" if skipped else ""))
     return PairSplits(*(PosedPairs(scenes, part) for part in parts), "scene" if by_scene else "pair", skipped)
 
 
@@ -234,7 +234,7 @@ def _left_out(broken: set[str]) -> tuple[str, ...]:
     "What is wrong with frames, sorted, and logged."
     skipped = tuple(sorted(broken))
     if skipped:
-        log.warning("%d frames cannot be read or have no depth, and are in no pair, the first: %s", len(skipped), skipped[0])
+        log.warning("frames that cannot be read or have no depth, and are in no pair: %d, the first: %s", len(skipped), skipped[0])
     return skipped
 
 # %% ../../nbs/evaluation/44_pair_data.ipynb #ec8e271d

@@ -7,7 +7,7 @@ __all__ = ['log', 'relative_pose', 'essential', 'rotation_from_6d', 'pose_loss',
            'overlap', 'PoseConfig', 'PoseViews', 'read_views', 'patch_tokens', 'PoseReader', 'fit_pose', 'PoseResult',
            'judge', 'pose_scenes', 'PoseComparison', 'compare_pose', 'format_table', 'epipolar_lines', 'pose_figure']
 
-# %% ../../nbs/evaluation/49_pose.ipynb #5e9719d4
+# %% ../../nbs/evaluation/49_pose.ipynb #282b51e1
 import copy
 import logging
 import math
@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# %% ../../nbs/evaluation/49_pose.ipynb #0dbe8b7c
+# %% ../../nbs/evaluation/49_pose.ipynb #cc90fd0b
 from .pair_data import MatchPair, covisibility, depth_warp, split_scenes
 from .propagation import patch_features
 from ..parts.decoders import DecoderBlock
@@ -35,10 +35,10 @@ from ..training.optimisation import adamw, cosine_lr, parameter_groups, set_lr
 from ..views.photos import BrokenImage
 from ..views.posed import PosedFrame, PosedScenes
 
-# %% ../../nbs/evaluation/49_pose.ipynb #77868cd5
+# %% ../../nbs/evaluation/49_pose.ipynb #353bd2a3
 log = logging.getLogger(__name__)
 
-# %% ../../nbs/evaluation/49_pose.ipynb #ee334a4b
+# %% ../../nbs/evaluation/49_pose.ipynb #2d06bd15
 def relative_pose(a: PosedFrame, b: PosedFrame) -> tuple[np.ndarray, np.ndarray]:
     "R (3, 3) and t (3,) with x_b = R x_a + t, in the axes of the cameras a and b; t in the units of the scene."
     R = b.R @ a.R.T
@@ -50,7 +50,7 @@ def essential(R: np.ndarray, t: np.ndarray) -> np.ndarray:
     x, y, z = t
     return np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]]) @ R
 
-# %% ../../nbs/evaluation/49_pose.ipynb #ea21704c
+# %% ../../nbs/evaluation/49_pose.ipynb #a30d56f9
 def rotation_from_6d(x: Tensor) -> Tensor:
     "Rotations (..., 3, 3) of six numbers each (..., 6): the first two columns, made orthonormal, and their cross product (Zhou et al. 2019, eq. 15)."
     a, b = x[..., :3], x[..., 3:]
@@ -64,7 +64,7 @@ def pose_loss(R: Tensor, t: Tensor, true_R: Tensor, true_t: Tensor) -> tuple[Ten
     length = lambda x: (x.square().sum(-1) + 1e-8).sqrt()    # its slope at 0 is 0, not infinite
     return length((R - true_R).flatten(1)) / math.sqrt(2), length(t - true_t)
 
-# %% ../../nbs/evaluation/49_pose.ipynb #374b57a6
+# %% ../../nbs/evaluation/49_pose.ipynb #a0f25f73
 def rays_of(K: np.ndarray, size: tuple[int, int], patch_size: int) -> np.ndarray:
     "Where the centres of patches look: x / z and y / z (L, 2) in the axes of a camera `K` (3, 3) of a picture `size` (H, W)."
     gh, gw = grid_size(size, patch_size)
@@ -72,7 +72,7 @@ def rays_of(K: np.ndarray, size: tuple[int, int], patch_size: int) -> np.ndarray
     places = np.stack([*np.broadcast_arrays(x[None], y[:, None]), np.ones((gh, gw))], -1).reshape(-1, 3)
     return (places @ np.linalg.inv(K).T)[:, :2]
 
-# %% ../../nbs/evaluation/49_pose.ipynb #65ac060a
+# %% ../../nbs/evaluation/49_pose.ipynb #4aa88a39
 class PoseHead(nn.Module):
     """Rotation and direction of translation from the patch tokens of two pictures. Ours: MuM's text says nothing of its head.
 
@@ -108,7 +108,7 @@ class PoseHead(nn.Module):
         said = self.answer(nn.functional.gelu(self.mix(rearrange(self.last(x).mean(dim=2), "b v d -> b (v d)"))))
         return rotation_from_6d(said[:, :6]), nn.functional.normalize(said[:, 6:], dim=-1)
 
-# %% ../../nbs/evaluation/49_pose.ipynb #b2b6c306
+# %% ../../nbs/evaluation/49_pose.ipynb #1e2f44de
 def pose_errors(R: np.ndarray, t: np.ndarray, true_R: np.ndarray, true_t: np.ndarray, fold: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Angles (n,) in degrees between rotations (n, 3, 3) and between directions (n, 3) of any length; a direction of length 0 (not known) is 90 off.
 
@@ -127,14 +127,14 @@ def pose_auc(errors: np.ndarray, thresholds: Sequence[float] = (5, 10, 20)) -> n
     stairs = (1 - e / limit).clip(0).mean(-1)
     return stairs + np.where(e < limit, e, 0).max(-1) / (2 * e.shape[-1] * limit[:, 0])
 
-# %% ../../nbs/evaluation/49_pose.ipynb #6bfdc21c
+# %% ../../nbs/evaluation/49_pose.ipynb #3d2c4d16
 def overlap(a: PosedFrame, b: PosedFrame, cells: int = 24) -> float:
     "Covisibility of two frames, 0..1, the smaller of both ways. UserError without depth."
     if a.depth is None or b.depth is None:
         raise UserError("min_overlap needs scenes with depth; leave it at 0 to use any two frames")
     return min(covisibility(MatchPair("", one.image, two.image, partial(depth_warp, one, two)), cells) for one, two in ((a, b), (b, a)))
 
-# %% ../../nbs/evaluation/49_pose.ipynb #4bfa69c3
+# %% ../../nbs/evaluation/49_pose.ipynb #e854e471
 @dataclass(frozen=True)
 class PoseConfig:
     """How a head is made, trained and judged. `img_size` pixels a side (None: the encoder's own); `max_frames` of a scene that are used, evenly spaced.
@@ -165,10 +165,12 @@ class PoseConfig:
         for name in ("dim", "depth", "num_heads", "steps", "batch_size", "eval_every", "val_pairs", "test_pairs", "samples"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} must be at least 1")
-        if self.max_frames < 2 or self.seed < 0 or self.dim % self.num_heads:
-            raise UserError(f"max_frames {self.max_frames} must be at least 2, seed {self.seed} not negative, dim {self.dim} a multiple of num_heads {self.num_heads}")
+        if self.seed < 0:
+            raise UserError(f"seed {self.seed} must not be negative")
+        if self.max_frames < 2 or self.dim % self.num_heads:
+            raise UserError(f"max_frames {self.max_frames} must be at least 2, dim {self.dim} a multiple of num_heads {self.num_heads}")
 
-# %% ../../nbs/evaluation/49_pose.ipynb #d799d9d2
+# %% ../../nbs/evaluation/49_pose.ipynb #2ea3ab84
 @dataclass(frozen=True, eq=False)
 class PoseViews:
     """Frames of scenes, read once: `pixels` uint8 (N, 3, H, W), `rays` (N, L, 2), `K`, `R` (N, 3, 3) and `t` (N, 3) float64; `scene` (N,) the number of each one's scene.
@@ -205,7 +207,7 @@ class PoseViews:
         some = self.pairs[rng.choice(len(self.pairs), n, replace=n > len(self.pairs))]
         return np.where(rng.random((n, 1)) < .5, some, some[:, ::-1])
 
-
+# %% ../../nbs/evaluation/49_pose.ipynb #f4665cea
 def read_views(scenes: PosedScenes, ids: Sequence[int], patch_size: int, config: PoseConfig, name: str = "scenes", progress: bool = True) -> PoseViews:
     "Frames of the scenes `ids` at config.img_size, squeezed to a square. Unreadable pictures are skipped with a warning. UserError if no two frames make a pair."
     size, frames, scene, pairs = (config.img_size, config.img_size), [], [], []
@@ -220,7 +222,7 @@ def read_views(scenes: PosedScenes, ids: Sequence[int], patch_size: int, config:
         raise UserError(f"{name}: none of {len(frames)} frames of {len(ids)} scenes make a pair that moved" + f" and overlaps by min_overlap {config.min_overlap}; lower it" * (config.min_overlap > 0))
     return PoseViews.of(frames, patch_size, scene, pairs)
 
-# %% ../../nbs/evaluation/49_pose.ipynb #865007ab
+# %% ../../nbs/evaluation/49_pose.ipynb #0957ac0d
 def _readable(scenes: PosedScenes, i: int, chosen: Sequence[int], size: tuple[int, int]) -> Iterator[PosedFrame]:
     for k in chosen:
         try:
@@ -232,13 +234,13 @@ def _readable(scenes: PosedScenes, i: int, chosen: Sequence[int], size: tuple[in
 def _may_ask(a: PosedFrame, b: PosedFrame, min_overlap: float) -> bool:
     return bool(np.linalg.norm(relative_pose(a, b)[1]) > 1e-6) and (min_overlap <= 0 or overlap(a, b) >= min_overlap)
 
-# %% ../../nbs/evaluation/49_pose.ipynb #c118c918
+# %% ../../nbs/evaluation/49_pose.ipynb #68d509b6
 @torch.no_grad()
 def patch_tokens(encoder: nn.Module, pixels: Tensor, device: str | torch.device = "cpu", batch_size: int = 64) -> Tensor:
     "Patch tokens (N, L, D) float32 on the CPU of pictures uint8 (N, 3, H, W), each on its own."
     return torch.cat([patch_features(encoder, normalise(some.to(device)))[0].float().cpu() for some in pixels.split(batch_size)])
 
-# %% ../../nbs/evaluation/49_pose.ipynb #f0e52300
+# %% ../../nbs/evaluation/49_pose.ipynb #7825eab5
 class PoseReader:
     "An encoder and a head: reads the motion between two pictures. `tokens` of views may be kept by the caller where the encoder is frozen."
 
@@ -264,7 +266,7 @@ class PoseReader:
         R, t = self.read(PoseViews.of(frames, encoder_patch_size(self.encoder), [0, 0], [(0, 1)]), np.array([[0, 1]]))
         return R[0], t[0]
 
-# %% ../../nbs/evaluation/49_pose.ipynb #7824cd75
+# %% ../../nbs/evaluation/49_pose.ipynb #f258ac86
 def fit_pose(encoder: nn.Module, train: PoseViews, val: PoseViews, config: PoseConfig, device: str | torch.device = "cpu", progress: bool = True,
              name: str = "pose") -> tuple[PoseReader, list[dict]]:
     "The head (and, if config.tune, a trained copy of the encoder) that did best on pairs of `val`, and the history: step, loss of training since the last one, val (median pose error)."
@@ -301,7 +303,7 @@ def fit_pose(encoder: nn.Module, train: PoseViews, val: PoseViews, config: PoseC
     reader.head.eval(), encoder.eval()
     return reader, history
 
-# %% ../../nbs/evaluation/49_pose.ipynb #92b3282e
+# %% ../../nbs/evaluation/49_pose.ipynb #9cd3f9fe
 @dataclass(frozen=True)
 class PoseResult:
     """How well one reader does on the test pairs: areas under the curve, one (value, low, high) for each of `thresholds` degrees, and medians of the angles in degrees, likewise.
@@ -333,9 +335,11 @@ def judge(name: str, said: tuple[np.ndarray, np.ndarray], truth: tuple[np.ndarra
     *auc, turned, moved, both = zip(numbers(angles).tolist(), low.tolist(), high.tolist())
     return PoseResult(name, tuple(config.thresholds), tuple(auc), turned, moved, both, len(scene), len(groups), trained_pairs, tuned, config.fold, step, tuple(angles[2].round(3).tolist()))
 
-# %% ../../nbs/evaluation/49_pose.ipynb #7e41e247
+# %% ../../nbs/evaluation/49_pose.ipynb #4db24bf4
 def pose_scenes(count: int, seed: int, test: bool = True) -> tuple[list[int], list[int], list[int]]:
-    "Numbers of the scenes for training, validation and (if `test`) test, the one that `match` has with this seed; at least one of each. UserError if there are too few."
+    """Numbers of the scenes for training, validation and (if `test`) test; at least one of each. UserError if there are too few.
+
+    The test scenes are those of `match` with this seed, if all scenes have depth."""
     need = 2 + test
     if count < need:
         raise UserError(f"{count} scene{'s' * (count != 1)}: relative pose needs at least {need}, one each for training, validation{' and test' * test}")
@@ -345,14 +349,14 @@ def pose_scenes(count: int, seed: int, test: bool = True) -> tuple[list[int], li
     order, held = rng.permutation(count).tolist(), max(1, round(.1 * count))
     return sorted(order[held:]), sorted(order[:held]), []
 
-# %% ../../nbs/evaluation/49_pose.ipynb #f29029f2
+# %% ../../nbs/evaluation/49_pose.ipynb #4482dc92
 class PoseComparison(NamedTuple):
     "Results, the encoder's first; the reader that was trained on the encoder; two test frames as they were read, the first of a scene and the last that makes a pair with it."
     rows: list[PoseResult]
     reader: PoseReader
     example: tuple[PosedFrame, PosedFrame]
 
-# %% ../../nbs/evaluation/49_pose.ipynb #a3c77801
+# %% ../../nbs/evaluation/49_pose.ipynb #888b3dfa
 def compare_pose(encoder: nn.Module, scenes: PosedScenes, test: PosedScenes | None = None, untrained: Callable[[], nn.Module] | None = None, config: PoseConfig = PoseConfig(),
                  device: str | torch.device = "cpu", progress: bool = True) -> PoseComparison:
     """Results of the encoder, of `untrained()` (its architecture with initial weights, if given), of the mean motion of the training pairs, and of "the same camera".
@@ -395,7 +399,7 @@ def format_table(rows: Sequence[PoseResult]) -> str:
     about = f"{rows[0].pairs} pairs of {rows[0].scenes} scene{'s' * (rows[0].scenes != 1)}; AUC in %, medians in degrees" + ", 95 % intervals over scenes" * (rows[0].scenes > 1)
     return "\n".join([line(head), *map(line, body), about + "; t and -t count alike" * rows[0].fold])
 
-# %% ../../nbs/evaluation/49_pose.ipynb #bb0bf42f
+# %% ../../nbs/evaluation/49_pose.ipynb #b6f8e1d7
 def epipolar_lines(a: PosedFrame, b: PosedFrame, R: np.ndarray, t: np.ndarray, places: np.ndarray) -> np.ndarray:
     "Lines (n, 3), p u + q v + r = 0, in b's pixels on which places (n, 2) of a must lie after the motion R, t."
     rays = np.column_stack([places, np.ones(len(places))]) @ np.linalg.inv(a.K).T
@@ -420,7 +424,7 @@ def pose_figure(rows: Sequence[PoseResult], pair: tuple[PosedFrame, PosedFrame, 
     plt.close(figure)
     return figure
 
-# %% ../../nbs/evaluation/49_pose.ipynb #81ed5703
+# %% ../../nbs/evaluation/49_pose.ipynb #7102a338
 def _draw_lines(axes, a: PosedFrame, b: PosedFrame, R: np.ndarray, t: np.ndarray):
     from matplotlib.patheffects import withStroke
     places = np.array([[x, y] for y in (.3, .7) for x in (.3, .7)]) * (np.array(a.size[::-1]) - 1)
