@@ -304,8 +304,8 @@ class ProbeArgs:
     "Nearest neighbours, a linear classifier, or one that learns which patches to look at (it reads all patch tokens: no --pool, no --optimizer)."
     pool: Literal["mean", "cls", "both"] = "mean"
     "Which tokens: the mean of patches, the class token, or both side by side."
-    optimizer: Literal["sgd", "adamw", "lars"] = "sgd"
-    "Of the linear classifier; lars is MAE's published recipe, made for a million images."
+    optimizer: Literal["sgd", "adamw", "lars"] | None = None
+    "Of the linear classifier, by default sgd; lars is MAE's published recipe, made for a million images."
     img_size: int | None = None
     "Size at which images are shown; by default the one the encoder was trained at."
     controls: bool = True
@@ -328,6 +328,8 @@ def probe(args: list[str]) -> int:
         raise UserError("probe needs labelled images: give --data.root DIR (class folders, ImageNet's layout, or CIFAR-10)")
     if a.batch_size < 1 or a.workers < 0:
         raise UserError(f"--batch-size {a.batch_size} and --workers {a.workers}: the first must be at least 1, the second not negative")
+    if a.optimizer is not None and a.kind != "linear":
+        raise UserError(f"--optimizer {a.optimizer} is of --kind linear: leave it out with --kind {a.kind}")
     device = _device(a.device)
     encoder = open_encoder(a.encoder).to(device)
     patch = encoder_patch_size(encoder)
@@ -338,7 +340,7 @@ def probe(args: list[str]) -> int:
     train, test = _labelled(a.data.root, a.data.limit, a.data.test_limit)
     if train is None:
         raise UserError(f"{a.data.root}: has no labels; put the images of each class in a folder of its own")
-    config = probes.ProbeConfig(optimizer=a.optimizer, seed=a.seed) if a.kind == "linear" else probes.ProbeConfig(seed=a.seed)
+    config = probes.ProbeConfig(optimizer=a.optimizer or "sgd", seed=a.seed) if a.kind == "linear" else probes.ProbeConfig(seed=a.seed)
     options = dict(img_size=a.img_size, batch_size=a.batch_size, workers=a.workers, device=device, config=config)
     untrained = lambda: open_encoder(a.encoder, pretrained=False, seed=a.seed).to(device)
     if a.kind == "attentive":
@@ -433,7 +435,7 @@ def dense(args: list[str]) -> int:
     device, encoder = _device(a.device), open_encoder(a.encoder, pretrained=not a.untrained, seed=a.seed)
     size = dense_size(encoder, a.img_size and (a.img_size[0] if len(a.img_size) == 1 else a.img_size), a.task)
     config = DenseConfig(size, a.layer, a.lrs or None, a.steps, a.batch_size, bins=a.bins, feature_dim=a.feature_dim, median_scaling=a.median_scaling, k=a.k, seed=a.seed)
-    train, test = open_maps(a.data.root, a.task, a.layout, a.data.limit, a.frames, size)
+    train, test = open_maps(a.data.root, a.task, a.layout, a.data.limit, a.frames, size, a.seed)
     if a.figure is not None:
         a.figure.parent.mkdir(parents=True, exist_ok=True)
     untrained = open_encoder(a.encoder, pretrained=False, seed=a.seed) if a.controls and not a.untrained else None
@@ -573,14 +575,13 @@ class MatchArgs:
 def match(args: list[str]) -> int:
     from mae_repro.evaluation import matching as M
     from mae_repro.methods.catalogue import open_encoder
-    from mae_repro.parts.features import encoder_size
     from mae_repro.parts.weights import UserError
     a = parse(MatchArgs, args, "mae-repro match")
     if a.seed < 0:
         raise UserError(f"--seed {a.seed} must be 0 or more")
     device, encoder = _device(a.device), open_encoder(a.encoder, pretrained=not a.untrained, seed=a.seed)
     sweep = {name: value for name in ("lrs", "weight_decays") if (value := getattr(a, name)) is not None}
-    config = M.MatchConfig(a.img_size or (encoder_size(encoder),) * 2, _layers(a.layer), {"yes": (True,), "no": (False,), "both": (True, False)}[a.norm], a.probe, a.steps, a.batch_size,
+    config = M.MatchConfig(M.match_size(encoder, a.img_size), _layers(a.layer), {"yes": (True,), "no": (False,), "both": (True, False)}[a.norm], a.probe, a.steps, a.batch_size,
                            select=a.select, start=a.start, amp=a.amp, seed=a.seed, **sweep)
     splits = _match_pairs(a, config.img_size)
     name = a.encoder + f" (untrained, seed {a.seed})" * a.untrained
@@ -591,7 +592,9 @@ def match(args: list[str]) -> int:
     if a.probe:
         how += f"\nprobe: {result.settings['train_pairs']} training pairs, chosen by {result.settings['chooser_pairs']} {'validation' if a.select == 'val' else 'TEST (as published)'} pairs"
         how += ", divided by pair and not by scene" * (splits.by == "pair")
-    emit({"rows": result.rows, "settings": result.settings | {"divided_by": splits.by}}, a.json, f"{how}\n{M.format_table(result.rows)}")
+    if splits.skipped:
+        how += f"\nframes left out: {len(splits.skipped)}"
+    emit({"rows": result.rows, "settings": result.settings | {"divided_by": splits.by, "skipped_frames": len(splits.skipped)}}, a.json, f"{how}\n{M.format_table(result.rows)}")
     own = [k for k, row in enumerate(result.rows) if row.encoder == name]
     best = min(own, key=lambda k: result.rows[k].epe)
     row, trained = result.rows[best], result.trained[best]
@@ -619,14 +622,16 @@ def _match_pairs(a: MatchArgs, size: tuple[int, int]):
     away, pairs = a.probe_data is not None, a.data.pairs
     if away and not a.probe:
         raise UserError("--probe-data says where to train the probe, and --no-probe asks for none: leave one of them out")
+    if pairs[2] < 1:
+        raise UserError(f"--data.pairs {' '.join(map(str, pairs))}: the last number, of test pairs, must be at least 1")
     shown = tuple(round(s / (1 - a.data.shake[1])) for s in size) if 0 <= a.data.shake[1] < .9 else size
-    own = open_pairs(a.data.root, a.layout, pairs if a.probe and not away else (0, 0, pairs[2]), a.data.covisibility, a.seed, a.data.limit, shown, a.data.shake, a.data.flips, away)
+    own = open_pairs(a.data.root, a.layout, pairs if a.probe and not away else (0, 0, pairs[2]), a.data.covisibility, a.seed, a.data.limit, shown, a.data.shake, a.data.flips, away or not a.probe)
     if not len(own.test):
         raise UserError(f"{a.data.root}: holds no test pairs; give data with more scenes, or a wider --data.covisibility")
     if not away:
         return own
     other = open_pairs(None if a.probe_data == "rendered" else a.probe_data, "scenes", pairs, a.data.covisibility, a.seed, None, shown, a.data.shake, a.data.flips)
-    return PairSplits(other.train, other.val, own.test, other.by)
+    return PairSplits(other.train, other.val, own.test, other.by, own.skipped + other.skipped)
 
 # %% ../nbs/80_cli.ipynb #905e0001
 @dataclass(frozen=True)
