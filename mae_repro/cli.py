@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['WELCOME', 'Json', 'C', 'VIEWS', 'VIEWS_USAGE', 'COST_USAGE', 'COMMANDS', 'BadUsage', 'parse', 'emit', 'RecipesArgs',
-           'recipes', 'PretrainArgs', 'pretrain', 'ResumeArgs', 'resume', 'DataArgs', 'ProbeArgs', 'probe', 'MapsArgs',
-           'DenseArgs', 'dense', 'VideoArgs', 'PropagateArgs', 'propagate', 'PairArgs', 'MatchArgs', 'match',
-           'PosedData', 'PoseArgs', 'pose', 'AttentionData', 'AttentionArgs', 'inspect_attention', 'InspectArgs',
-           'inspect', 'PhotoArgs', 'RenderArgs', 'render', 'ShowArgs', 'show', 'train_views', 'MakeArgs', 'make',
-           'ConvertArgs', 'convert', 'VerifyArgs', 'verify', 'ScoreArgs', 'score', 'FilterArgs', 'filter_views',
-           'views', 'ParityArgs', 'parity', 'ExportArgs', 'export', 'BenchmarkArgs', 'benchmark', 'CostArgs', 'cost',
-           'DemoArgs', 'demo', 'run', 'main']
+           'recipes', 'PretrainArgs', 'pretrain', 'ResumeArgs', 'resume', 'DataArgs', 'ProbeArgs', 'probe',
+           'FinetuneArgs', 'finetune', 'MapsArgs', 'DenseArgs', 'dense', 'VideoArgs', 'PropagateArgs', 'propagate',
+           'PairArgs', 'MatchArgs', 'match', 'PosedData', 'PoseArgs', 'pose', 'AttentionData', 'AttentionArgs',
+           'inspect_attention', 'InspectArgs', 'inspect', 'PhotoArgs', 'RenderArgs', 'render', 'ShowArgs', 'show',
+           'train_views', 'MakeArgs', 'make', 'ConvertArgs', 'convert', 'VerifyArgs', 'verify', 'ScoreArgs', 'score',
+           'FilterArgs', 'filter_views', 'views', 'ParityArgs', 'parity', 'ExportArgs', 'export', 'BenchmarkArgs',
+           'benchmark', 'CostArgs', 'cost', 'DemoArgs', 'demo', 'run', 'main']
 
 # %% ../nbs/80_cli.ipynb #252fa891
 import contextlib
@@ -33,6 +33,7 @@ WELCOME = """mae-repro: masked autoencoders over one image or many views
   mae-repro recipes                                what can be trained, and what it takes
   mae-repro pretrain mae-tiny --data.root DIR      pre-train on your own folder of images
   mae-repro probe RUN --data.root DIR              what did the encoder learn? against its untrained self and raw pixels
+  mae-repro finetune RUN --data.root DIR           train all of it on labels, as published; against --untrained
   mae-repro propagate RUN --task davis --data.root DIR    carry labels through videos with it
   mae-repro match RUN --data.root DIR              find every patch again in another picture of the scene
   mae-repro views make --generator RUN --out DIR   other views of every image, by a model of `mae-repro views train`
@@ -203,6 +204,8 @@ class ResumeArgs:
 def resume(args: list[str]) -> int:
     from mae_repro.training import pretrain as training
     a = parse(ResumeArgs, args, "mae-repro resume")
+    if (tuned := _resumed_finetune(a)) is not None:
+        return tuned
     config = training.read_config(a.run)
     run = training.resume(a.run, probe=_training_probe(config), figure=_figure_of(config), root=a.data_root, workers=a.workers, device=a.device, mixture=a.mixture, images=a.images)
     return _trained(run, a.json)
@@ -370,6 +373,81 @@ def _attentive(encoder, a: ProbeArgs, train, test, untrained, device) -> list:
         raise UserError(f"--kind attentive reads all patch tokens: leave out --pool {a.pool}")
     options = dict(img_size=a.img_size, batch_size=a.batch_size, workers=a.workers, device=device, config=AttentiveConfig(seed=a.seed))
     return attentive_compare(encoder, train, test, untrained, **options) if a.controls else [attentive_probe(encoder, train, test, **options)]
+
+# %% ../nbs/80_cli.ipynb #f17e0001
+@dataclass(frozen=True)
+class FinetuneArgs(Generic[C]):
+    """Train an encoder and a classifier end to end on labelled images, as published. The recipe is the one for the encoder's width; --recipe NAME takes another:
+    vits16, vitb16, vitl16, vith14 (READMEs of MAE and CrossMAE), vitb16-crossmae-paper (its Table 7), small, tiny.
+
+    Ctrl-C saves a checkpoint; the same command with --out RUN, or `mae-repro resume RUN`, goes on. Several GPUs: torchrun --nproc-per-node N -m mae_repro.cli finetune ..."""
+    config: Annotated[C, arg(name="")]
+    out: Path | None = None
+    "The run's folder; by default runs/finetune-RECIPE/TIME."
+    json: Json = None
+
+
+def finetune(args: list[str]) -> int:
+    from mae_repro.evaluation import finetune as tuning
+    from mae_repro.methods.catalogue import open_encoder
+    from mae_repro.parts.weights import UserError
+    if not args or args[0].startswith("-"):
+        usage = f"mae-repro finetune ENCODER --data.root DIR [--recipe NAME] [--field value ...]\nrecipes: {', '.join(tuning.RECIPES)}\nall fields: mae-repro finetune ENCODER --help"
+        if args[:1] in (["-h"], ["--help"]):
+            print(usage)
+            return 0
+        raise UserError(f"finetune needs an encoder first (a run, a checkpoint, a timm name): {usage.partition(chr(10))[0]}")
+    spec, (name, rest) = args[0], _option(args[1:], "--recipe")
+    encoder = open_encoder(spec, pretrained="--untrained" not in rest)
+    config = replace(tuning.recipe(name, encoder), encoder=spec)
+    a = parse(FinetuneArgs[tuning.FinetuneConfig], rest, f"mae-repro finetune {spec}", FinetuneArgs(config))
+    return _finetune(a.config, open_encoder(spec, False, a.config.train.seed) if a.config.untrained else encoder, a.out, a.json)
+
+
+def _option(args: list[str], flag: str) -> tuple[str | None, list[str]]:
+    "The value of one option, None if it is not there, and the other arguments."
+    from mae_repro.parts.weights import UserError
+    for i, word in enumerate(args):
+        if word == flag and (i + 1 == len(args) or args[i + 1].startswith("--")):
+            raise UserError(f"{flag} needs a value")
+        if word == flag:
+            return args[i + 1], args[:i] + args[i + 2:]
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2], args[:i] + args[i + 1:]
+    return None, args
+
+
+def _finetune(config, encoder, out: Path | None, where: str | None) -> int:
+    "Train, and say what came out, once, on the first process."
+    from mae_repro.evaluation import finetune as tuning
+    from mae_repro.parts.weights import UserError
+    tuning.check(config)
+    if config.data.root is None:
+        raise UserError("finetune needs labelled images: give --data.root DIR (class folders, ImageNet's layout, or CIFAR-10)")
+    train, test = _labelled(config.data.root, config.data.limit, config.data.test_limit)
+    if train is None:
+        raise UserError(f"{config.data.root}: has no labels; put the images of each class in a folder of its own")
+    run = tuning.finetune(config, encoder, train, test, out)
+    if int(os.environ.get("RANK", 0)) == 0:
+        summary = json.loads((run / "summary.json").read_text())
+        percent = lambda row, k: f"{100 * row[k]:.1f} % ({100 * row[f'{k}_interval'][0]:.1f} .. {100 * row[f'{k}_interval'][1]:.1f})"
+        near = f", top-5 {percent(summary, 'top5')}" if "top5" in summary else ""
+        skipped = f"\n{summary['skipped']} times an image could not be read and the next one took its place; which ones: {run / 'skipped.txt'}" if summary["skipped"] else ""
+        emit({"run": str(run), **summary}, where, f"{run}: finished, loss {summary['loss']:.4f}{skipped}\ntop-1 {percent(summary, 'top1')}{near} on {summary['tested']} test images, 95 % intervals\n"
+             f"best, chosen on the same images: top-1 {percent(summary['best'], 'top1')} after epoch {summary['best']['epoch']:g} ({run / 'best.safetensors'})")
+    return 0
+
+
+def _resumed_finetune(a: ResumeArgs) -> int | None:
+    "Go on with a run of `finetune`; None if it is a run of `pretrain`."
+    from mae_repro.evaluation.finetune import read_config
+    from mae_repro.methods.catalogue import open_encoder
+    config = read_config(a.run)
+    if config is None:
+        return None
+    data = replace(config.data, **{k: v for k, v in (("root", a.data_root), ("workers", a.workers)) if v is not None})
+    config = replace(config, data=data, train=config.train if a.device is None else replace(config.train, device=a.device))
+    return _finetune(config, open_encoder(config.encoder, not config.untrained, config.train.seed), a.run, a.json)
 
 # %% ../nbs/80_cli.ipynb #de05e001
 @dataclass(frozen=True)
@@ -1484,7 +1562,7 @@ def demo(args: list[str]) -> int:
     return 0
 
 # %% ../nbs/80_cli.ipynb #cb1ef877
-COMMANDS = {"demo": demo, "recipes": recipes, "pretrain": pretrain, "resume": resume, "probe": probe, "dense": dense, "propagate": propagate, "match": match, "pose": pose, "inspect": inspect, "views": views,
+COMMANDS = {"demo": demo, "recipes": recipes, "pretrain": pretrain, "resume": resume, "probe": probe, "finetune": finetune, "dense": dense, "propagate": propagate, "match": match, "pose": pose, "inspect": inspect, "views": views,
             "parity": parity, "export": export, "cost": cost, "benchmark": benchmark}
 
 

@@ -224,7 +224,7 @@ def test_expectation_over_the_views_of_scenes():
     operations, views = step_cost(config)
     order = GroupBatches(1, config.optim.batch_size, config.views.per_batch, config.method.view_range, config.views.single, seed=1)
     counts = {s: 1e9 * sum(gflops_by_part(config.method, "flop-all", True, s).values()) for s in range(1, 9)}
-    drawn = [order.count(step, group) for step in range(3000) for group in (0, 1)]
+    drawn = [max(order.count(step, group), 1) for step in range(3000) for group in (0, 1)]   # 0: a single image
     per_step = lambda value: 2 * sum(config.views.per_batch // s * value(s) for s in drawn) / len(drawn)
     assert operations == pytest.approx(per_step(counts.get), rel=.01) and views == pytest.approx(per_step(lambda s: s), rel=.01)
     assert training_steps(config) == 20 * 50

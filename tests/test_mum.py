@@ -200,6 +200,12 @@ def test_initialisation():
 
 # ---------------------------------------------------------------- sizes
 
+def test_first_weights_may_be_maes():
+    torch.manual_seed(0)
+    wide, narrow = (replace(SMALL, embed_dim=128, init=init).build().encoder.blocks[0].mlp.fc1.weight.std().item() for init in ("mum", "mae"))
+    assert wide == pytest.approx(.02, rel=.05) and narrow == pytest.approx((2 / (128 + 512)) ** .5, rel=.05)
+
+
 def test_published_sizes():
     with torch.device("meta"):
         model = LARGE.build()

@@ -19,7 +19,7 @@ from .mae import block_count
 from ..parts.decoders import AlternatingDecoder
 from ..parts.encoder import Encoder, Seen, places
 from ..parts.masking import Masks, RandomMasking
-from ..parts.model import MaskedAutoencoder, ModelConfig, PixelTarget
+from ..parts.model import MaskedAutoencoder, ModelConfig, PixelTarget, initialise_mae
 from ..parts.patches import grid_size
 from ..parts.positions import AxialRotation
 from ..parts.weights import KeyMap
@@ -119,6 +119,8 @@ class MuM(ModelConfig):
     "where tokens of different views meet (Table 11)"
     reference_view: bool = False
     "view 0 is complete and not predicted (Table 11)"
+    init: Literal["mum", "mae"] = "mum"
+    "first weights: as MuM's trainer draws them, or Xavier-uniform as MAE's, which narrow models need"
 
     published_keys: ClassVar[KeyMap] = KeyMap((
         ("cls_token", "encoder.cls_token"), ("pos_embed", "encoder.pos_embed"), ("rope_embed.", "encoder.rope_embed."), ("patch_embed.", "encoder.patch_embed."),
@@ -166,7 +168,8 @@ class MuM(ModelConfig):
         decoder = AlternatingDecoder(**self.decoder_sizes(), scopes=self.scopes, zero_prefix=self.cls_rotation == "zero", rotary=self.rotary())
         masking = ReferenceFirst(self.build_masking()) if self.reference_view else self.build_masking()
         kind = MaskedAutoencoder if self.inter_frame == "decoder" else SceneAutoencoder
-        return initialise_mum(kind(self.build_encoder(), decoder, masking, PixelTarget(self.patch_size, self.norm_pix_loss)))
+        first = {"mum": initialise_mum, "mae": initialise_mae}[self.init]
+        return first(kind(self.build_encoder(), decoder, masking, PixelTarget(self.patch_size, self.norm_pix_loss)))
 
     @property
     def constants(self) -> dict[str, Tensor]:
