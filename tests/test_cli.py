@@ -45,7 +45,7 @@ def trained(folder, tmp_path_factory):
 def test_without_arguments(capsys):
     assert run([]) == 0
     out = capsys.readouterr().out
-    assert out.strip() == WELCOME and sum(line.startswith("  mae-repro") for line in out.splitlines()) == 7
+    assert out.strip() == WELCOME and sum(line.startswith("  mae-repro") for line in out.splitlines()) == 10
 
 
 @pytest.mark.parametrize("command", COMMANDS)
