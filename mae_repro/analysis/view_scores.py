@@ -96,7 +96,7 @@ def pair_source(text: str, config: ScoreConfig, img_size: int) -> Source:
     views = ViewsConfig(source="crop-pair" if kind == "identical" else kind, joint=whole and kind == "video", strategy="SameViews" if kind == "identical" else config.strategy,
                         gap=config.gap, target=config.target, neighbours=config.neighbours, embed=config.embed, **cut)
     limit = config.limit or BUILT_IN_SCENES if root is None and kind in ("video", "bag") else config.limit
-    return open_source(DataConfig(root, config.split, limit), views, img_size, 2)
+    return open_source(DataConfig(root, split=config.split, limit=limit), views, img_size, 2)
 
 # %% ../../nbs/analysis/57_view_scores.ipynb #5bc35e9c
 def centre_square(image: Image.Image, img_size: int) -> Tensor:

@@ -34,10 +34,6 @@ class DataConfig:
     "Which data."
     root: Path | None = None
     "Folder of images, videos, frame folders, bags or scenes, as --views.source needs; None: built-in photographs, or scenes rendered from them."
-    mixture: tuple[str, ...] = ()
-    "scene: several data sets instead of --data.root, each LAYOUT:DIR or LAYOUT:DIR:WEIGHT; without a weight that of MuM's Table 1, or 10."
-    images: Path | None = None
-    "scene: folder of the images that batches of single views hold (MuM: ImageNet); None: frames of the scenes, and with built-in scenes the built-in photographs."
     split: str = "train"
     "Part of the data set, where it has parts."
     limit: int | None = None
@@ -46,6 +42,10 @@ class DataConfig:
     "Samples of every image, video or bag in one epoch; None: 1, and for built-in data as many as make 2,000 samples."
     workers: int = 8
     "Processes that decode and crop, for each training process; 0: none, in the training process itself."
+    mixture: tuple[str, ...] = ()
+    "scene: several data sets instead of --data.root, each LAYOUT:DIR or LAYOUT:DIR:WEIGHT; without a weight that of MuM's Table 1, or 10."
+    images: Path | None = None
+    "scene: folder of the images that batches of single views hold (MuM: ImageNet); None: frames of the scenes, and with built-in scenes the built-in photographs."
 
 
 @dataclass(frozen=True)
