@@ -28,6 +28,7 @@ from mae_repro.parts.model import initialise_mae
 from mae_repro.parts.positions import GridRotation
 from mae_repro.parts.weights import UserError, load_state
 from mae_repro.training.optimisation import adamw, cosine_lr, set_lr
+from mae_repro.training import pretrain as P
 from mae_repro.training.pretrain import TrainingStopped, read_metrics
 from mae_repro.views.photos import open_images
 
@@ -286,12 +287,12 @@ def test_killed_and_stopped_is_bit_for_bit_the_same(whole, root, tmp_path):
     said = process.communicate(timeout=60)[1]
     assert process.returncode == -signal.SIGKILL, said
 
-    def stopping(tuner, batches, update=T.update):
+    def stopping(tuner, batches, update=P.update):
         found = update(tuner, batches)
         if tuner.done >= 16 and not tuner.interrupt.asked:
             os.kill(os.getpid(), signal.SIGTERM)
         return found
-    with mock.patch.object(T, "update", stopping), pytest.raises(TrainingStopped, match="of 24; go on with: mae-repro resume"):
+    with mock.patch.object(P, "update", stopping), pytest.raises(TrainingStopped, match="of 24; go on with: mae-repro resume"):
         run(config(), root, folder)
     summary = run(config(), root, folder)
     starts = [line["from_step"] for line in json.loads((folder / "environment.json").read_text())]
@@ -383,10 +384,10 @@ def test_cls_without_class_token_and_other_runs(whole, root, tmp_path):
 
 
 def test_another_encoder_is_refused_on_resume(root, tmp_path):
-    def stopping(tuner, batches, update=T.update):
+    def stopping(tuner, batches, update=P.update):
         update(tuner, batches)
         return 1., True
-    with mock.patch.object(T, "update", stopping), contextlib.suppress(TrainingStopped):
+    with mock.patch.object(P, "update", stopping), contextlib.suppress(TrainingStopped):
         run(config(), root, tmp_path / "run")
     with pytest.raises(UserError, match="of another encoder"):
         run(config(), root, tmp_path / "run", initialise_mae(Encoder(32, 8, 32, 3, 2)))

@@ -85,6 +85,12 @@ class Classifier(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
 
+    def before_training(self, views) -> None:
+        "Called once before the first step; nothing to do here."
+
+    def after_step(self) -> None:
+        "Called after each step of the optimiser; nothing to do here."
+
     def features(self, images: Tensor) -> Tensor:
         "(B, D): what the head reads."
         tokens = self.encoder.forward_features(images)

@@ -6,19 +6,15 @@
 __all__ = ['RECIPES', 'ClassifierConfig', 'AugmentConfig', 'LabelledData', 'TuneOptim', 'TuneConfig', 'FinetuneConfig',
            'config_to_dict', 'read_config', 'vitb16', 'vits16', 'vitb16_crossmae_paper', 'vitl16', 'vith14', 'small',
            'tiny', 'recipe', 'check', 'mixes', 'seeded', 'train_transform', 'eval_crop', 'TrainImages', 'HeldOutImages',
-           'mixer', 'Tuner', 'batch_loss', 'update', 'evaluate', 'fingerprint', 'state_of', 'fail', 'share', 'save',
-           'restore', 'judge', 'fit', 'finish', 'finetune']
+           'mixer', 'Tuner', 'batch_loss', 'evaluate', 'fingerprint', 'share', 'judge', 'finish', 'finetune']
 
 # %% ../../nbs/evaluation/41_finetune.ipynb #6bac7742
 import contextlib
-import errno
-import hashlib
 import json
 import math
 import random
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,11 +33,11 @@ from .classifier import Classifier, layer_groups, published_state, sizes, tunabl
 from .probes import _check_labels, wilson
 from ..parts.patches import normalise
 from ..parts.weights import UserError, save_state
-from ..training.checkpoints import latest_checkpoint, save_checkpoint, write_state
+from ..training.checkpoints import latest_checkpoint
 from ..training.config import OptimConfig, TrainConfig, _check_optim, _check_train, _from_plain, _shown
-from ..training.optimisation import adamw, peak_lr, set_lr
-from ..training.pretrain import (Clock, Interrupt, Trainer, TrainingFailed, TrainingStopped, _note_launch, batches_to_do, forget_what_follows, ignore_signals, is_finished,
-                                         log, new_run_dir, on_main, processes, read_metrics, release, run_lock, start_accelerator, step_seed, watch_loss, write_json)
+from ..training.optimisation import adamw, peak_lr
+from ..training.pretrain import (Interrupt, Trainer, fit, ignore_signals, is_finished, log, new_run_dir, on_main, processes, read_metrics, settings_hash, start_accelerator,
+                                         train_in, write_json)
 from ..views.pairs import sample_seeds
 from ..views.photos import BrokenImage, EvalCrop
 from ..views.samples import PATIENCE, EpochBatches, loader
@@ -356,6 +352,7 @@ def mixer(augment: AugmentConfig, classes: int):
 # %% ../../nbs/evaluation/41_finetune.ipynb #85b6daf4
 class Tuner(Trainer):
     "The state of a fine-tuning, as `Trainer`; and `last`, `best`: what the last and the best test found."
+    own_state = ("last", "best")
 
     def __init__(self, config: FinetuneConfig, run_dir: Path, encoder: nn.Module, train, test, accelerator, interrupt: Interrupt):
         self.config, self.run_dir, self.accelerator, self.interrupt = config, Path(run_dir), accelerator, interrupt
@@ -375,7 +372,23 @@ class Tuner(Trainer):
         if t.compile:
             self.bare.compile()
         self.model, self.optimizer = accelerator.prepare(self.bare, adamw(layer_groups(self.bare, o.weight_decay, o.layer_decay), self.peak, o.betas, o.fused))
-        self.done, self.skipped, self.seconds, self.window, self.last, self.best = 0, 0, 0., [], {}, {}
+        self.done, self.skipped, self.seconds, self.window, self.last, self.best, self.clip_grad = 0, 0, 0., [], {}, {}, o.clip_grad
+
+    def loss(self, batch: dict, number: int) -> Tensor:
+        return batch_loss(self, batch, number)
+
+    def share(self) -> None:
+        share(self, "model")
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.config)
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        try:
+            super().load(weights)
+        except RuntimeError:
+            raise UserError(f"{self.run_dir / 'checkpoints'} are of another encoder or other classes than {self.config.encoder} and the data have now; "
+                            "give those it was started with, or start a new run") from None
 
     def _tests(self, images: HeldOutImages):
         "Batches of every `num_processes`-th test image."
@@ -395,33 +408,6 @@ def batch_loss(tuner: Tuner, batch: dict, micro: int) -> Tensor:
     with seeded(int(key.generate_state(1)[0])):
         images, targets = tuner.mixup(images, labels)
     return F.cross_entropy(tuner.model(images), targets)
-
-
-def update(tuner: Tuner, batches: list[dict]) -> tuple[float, bool]:
-    "One step of the optimiser; the loss of the global batch and whether to stop. TrainingFailed if the loss is not finite."
-    accelerator, clip = tuner.accelerator, tuner.config.optim.clip_grad
-    set_lr(tuner.optimizer, tuner.lr)
-    torch.manual_seed(step_seed(tuner.config.train.seed, tuner.done, accelerator.process_index))   # of drop path
-    total = torch.zeros((), device=accelerator.device)
-    for number, batch in enumerate(batches, 1):
-        last = number == len(batches)
-        with contextlib.nullcontext() if last else accelerator.no_sync(tuner.model):
-            loss = batch_loss(tuner, batch, number) / len(batches)
-            total += loss.detach()
-            if last:
-                watch = watch_loss(tuner, total, batches)
-            accelerator.backward(loss)
-    loss, stop, skipped = watch.read()
-    loss /= accelerator.num_processes
-    if not math.isfinite(loss):
-        fail(tuner, loss)
-    if clip is not None:
-        accelerator.clip_grad_norm_(tuner.bare.parameters(), clip)
-    tuner.optimizer.step()
-    tuner.optimizer.zero_grad()
-    tuner.done += 1
-    tuner.skipped += int(skipped)
-    return loss, stop > 0
 
 # %% ../../nbs/evaluation/41_finetune.ipynb #6cd704b9
 @torch.no_grad()
@@ -450,63 +436,13 @@ _FREE = {"data": ("root", "workers"), "train": ("device", "compile", "checkpoint
 
 def fingerprint(config: FinetuneConfig) -> str:
     "A short hash of everything in the config that changes what is computed."
-    kept = {k: {n: x for n, x in v.items() if n not in _FREE.get(k, ())} if isinstance(v, dict) else v for k, v in config_to_dict(config).items()}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def state_of(tuner: Tuner) -> dict:
-    "What a checkpoint holds."
-    scaler = getattr(tuner.accelerator, "scaler", None)
-    return {"model": tuner.bare.state_dict(), "optimizer": tuner.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else {}, "step": tuner.done, "skipped": tuner.skipped,
-            "seconds": tuner.seconds, "window": tuner.window, "last": tuner.last, "best": tuner.best, "fingerprint": fingerprint(tuner.config)}
-
-
-def fail(tuner: Tuner, loss: float) -> None:
-    "Keep the state before this step in `nonfinite/<step>/`. Raises TrainingFailed."
-    folder = tuner.run_dir / "nonfinite" / f"{tuner.done:08d}"
-
-    def write():
-        shutil.rmtree(folder, ignore_errors=True)
-        write_state(folder, state_of(tuner))
-    on_main(tuner.accelerator, write)
-    raise TrainingFailed(f"loss is {loss} at step {tuner.done} (epoch {tuner.epoch:.2f}, learning rate {tuner.lr:.2e}); the state before that step is in {folder}. "
-                         "Lower --optim.base-lr, or use --train.precision fp32")
+    return settings_hash(config_to_dict(config), _FREE)
 
 
 def share(tuner: Tuner, name: str) -> None:
     "Write the weights as `<name>.safetensors`, under the names of MAE's code and timm, with their sizes and classes."
     about = sizes(tuner.bare) | {"class_names": tuner.class_names, "step": tuner.done, "recipe": tuner.config.recipe, "encoder": tuner.config.encoder}
     save_state(published_state(tuner.bare), tuner.run_dir / f"{name}.safetensors", {"mae_repro": json.dumps(about)})
-
-
-def save(tuner: Tuner) -> None:
-    "Write a checkpoint and model.safetensors. TrainingFailed if the weights are no longer finite, OSError if the disk is full."
-    folder, keep = tuner.run_dir / "checkpoints", round(tuner.config.train.keep_every * tuner.epoch_steps)
-    if not all(torch.isfinite(p).all() for p in tuner.bare.parameters()):
-        raise TrainingFailed(f"weights are not finite after step {tuner.done}; what is in {folder} is older and good. Lower --optim.base-lr")
-
-    def write():
-        save_checkpoint(folder, tuner.done, state_of(tuner), keep)
-        share(tuner, "model")
-    on_main(tuner.accelerator, write)
-
-
-def restore(tuner: Tuner) -> int:
-    "Continue from the newest readable checkpoint, if there is one; returns the step. UserError if it belongs to another training."
-    if (found := latest_checkpoint(tuner.run_dir / "checkpoints")) is not None:
-        path, state = found
-        if state["fingerprint"] != fingerprint(tuner.config):
-            raise UserError(f"{tuner.run_dir / 'config.json'} was changed after {path} was saved; undo that, or start a new run")
-        try:
-            tuner.bare.load_state_dict(state["model"])
-        except RuntimeError:
-            raise UserError(f"{path} is of another encoder or other classes than {tuner.config.encoder} and the data have now; give those it was started with, or start a new run") from None
-        tuner.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"] and getattr(tuner.accelerator, "scaler", None):
-            tuner.accelerator.scaler.load_state_dict(state["scaler"])
-        tuner.done, tuner.skipped, tuner.seconds, tuner.window, tuner.last, tuner.best = (state[k] for k in ("step", "skipped", "seconds", "window", "last", "best"))
-    on_main(tuner.accelerator, lambda: forget_what_follows(tuner.run_dir, tuner.done))
-    return tuner.done
 
 # %% ../../nbs/evaluation/41_finetune.ipynb #5df11180
 def judge(tuner: Tuner) -> None:
@@ -516,28 +452,6 @@ def judge(tuner: Tuner) -> None:
     if tuner.last["correct"] >= tuner.best.get("correct", 0):
         tuner.best = tuner.last
         on_main(tuner.accelerator, lambda: share(tuner, "best"))
-
-
-def fit(tuner: Tuner, progress: bool = True) -> None:
-    "Train to the end. Raises TrainingFailed or TrainingStopped."
-    t, began = tuner.config.train, time.perf_counter() - tuner.seconds
-    with contextlib.closing(Clock(tuner.total, tuner.done, tuner.config.optim.batch_size, progress)) as clock:
-        for batches in batches_to_do(tuner):
-            lr = tuner.lr
-            loss, stop = update(tuner, batches)
-            tuner.seconds = time.perf_counter() - began
-            tuner.window.append(loss)
-            rate = clock.tick(tuner.done, tuner.epoch, loss, lr)
-            if tuner.done % t.log_every == 0 or tuner.done % tuner.epoch_steps == 0:
-                mean, tuner.window = sum(tuner.window) / len(tuner.window), []
-                log(tuner, {"loss": mean, "lr": lr, "images_per_s": round(rate, 1), "seconds": round(tuner.seconds, 1), "skipped": tuner.skipped})
-            if tuner.due(t.test_every) or tuner.done == tuner.total:
-                judge(tuner)
-            if stop or tuner.due(t.save_every):
-                save(tuner)
-            if stop and tuner.done < tuner.total:
-                raise TrainingStopped(f"stopped after step {tuner.done} of {tuner.total}; go on with: mae-repro resume {tuner.run_dir}")
-    finish(tuner)
 
 
 def finish(tuner: Tuner) -> None:
@@ -564,7 +478,10 @@ def finetune(config: FinetuneConfig, encoder: nn.Module, train_images, test_imag
             print(f"{folder} is finished; nothing to do", file=sys.stderr)
         return folder
     try:
-        return _train(config, folder, encoder, train_images, test_images, accelerator, progress)
+        def body(tuner: Tuner, start: int):
+            fit(tuner, lambda: judge(tuner) if tuner.due(config.train.test_every) or tuner.done == tuner.total else None, progress and accelerator.is_main_process)
+            finish(tuner)
+        return train_in(folder, accelerator, lambda interrupt: Tuner(config, folder, encoder, train_images, test_images, accelerator, interrupt), body)
     except UserError:
         if accelerator.is_main_process and not (folder / "metrics.jsonl").exists() and latest_checkpoint(folder / "checkpoints") is None:
             shutil.rmtree(folder, ignore_errors=True)  # nothing was trained: the same command can be given again
@@ -593,22 +510,3 @@ def _difference(before: FinetuneConfig, now: FinetuneConfig) -> str:
         for name, a, b in names:
             if a != b:
                 return f"{name} {a}, not {b}"
-
-
-def _train(config: FinetuneConfig, run_dir: Path, encoder: nn.Module, train, test, accelerator, progress: bool) -> Path:
-    with contextlib.ExitStack() as stack:
-        on_main(accelerator, lambda: bool(stack.enter_context(run_lock(run_dir))))
-        stack.callback(accelerator.end_training)
-        interrupt = stack.enter_context(Interrupt(patient=accelerator.num_processes > 1))
-        tuner = Tuner(config, run_dir, encoder, train, test, accelerator, interrupt)
-        stack.callback(release, tuner)
-        try:
-            start = restore(tuner)
-            on_main(accelerator, lambda: _note_launch(run_dir, start, accelerator))
-            fit(tuner, progress and accelerator.is_main_process)
-            accelerator.wait_for_everyone()
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise TrainingFailed(f"no space left for {run_dir} at step {tuner.done}; the last checkpoint is intact. Make room, then: mae-repro resume {run_dir}") from None
-    return run_dir

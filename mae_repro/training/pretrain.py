@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Probe', 'Figure', 'TrainingFailed', 'TrainingStopped', 'new_run_dir', 'run_lock', 'write_json', 'read_config',
-           'read_metrics', 'commit', 'environment', 'fingerprint', 'ignore_signals', 'Watch', 'Interrupt', 'processes',
-           'start_accelerator', 'on_main', 'Trainer', 'update', 'step_seed', 'micro_loss', 'watch_loss', 'fail',
-           'state_of', 'save', 'share', 'restore', 'forget_what_follows', 'draw', 'measure', 'log', 'Clock',
-           'batches_to_do', 'fit', 'finish', 'pretrain', 'resume', 'is_finished', 'release']
+           'read_metrics', 'commit', 'environment', 'fingerprint', 'settings_hash', 'ignore_signals', 'Watch',
+           'Interrupt', 'processes', 'start_accelerator', 'on_main', 'Trainer', 'update', 'step_seed', 'micro_loss',
+           'watch_loss', 'fail', 'state_of', 'save', 'share', 'restore', 'forget_what_follows', 'draw', 'measure',
+           'log', 'Clock', 'batches_to_do', 'fit', 'look_at', 'finish', 'pretrain', 'resume', 'is_finished', 'train_in',
+           'release']
 
 # %% ../../nbs/training/33_pretrain.ipynb #81b33349
 import contextlib
@@ -135,9 +136,13 @@ _FREE = {"data": ("root", "images", "workers"), "train": ("device", "accumulate"
 def fingerprint(config: Config) -> str:
     "A short hash of everything in the config that changes what is computed."
     plain = config_to_dict(config)
-    free = _FREE | {"train": tuple(n for n in _FREE["train"] if n != "accumulate" or not getattr(config.method, "decoder_dropout", 0))}
+    plain["data"]["mixture"] = [(layout, weight) for layout, _, weight in map(part_of_mixture, config.data.mixture)]  # folders may move
+    return settings_hash(plain, _FREE | {"train": tuple(n for n in _FREE["train"] if n != "accumulate" or not getattr(config.method, "decoder_dropout", 0))})
+
+
+def settings_hash(plain: dict, free: dict[str, tuple[str, ...]]) -> str:
+    "16 hexadecimal digits of a config's plain values, without the fields named `free` in each group."
     kept = {k: {n: x for n, x in v.items() if n not in free.get(k, ())} if isinstance(v, dict) else v for k, v in plain.items()}
-    kept["data"]["mixture"] = [(layout, weight) for layout, _, weight in map(part_of_mixture, config.data.mixture)]  # folders may move
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../../nbs/training/33_pretrain.ipynb #6349c89b
@@ -239,7 +244,11 @@ def on_main(accelerator, function: Callable):
 
 # %% ../../nbs/training/33_pretrain.ipynb #53e84cc9
 class Trainer:
-    "The state of a training: `model` (as wrapped for several processes; `bare` inside), `optimizer`, and `done`, the number of finished steps."
+    """The state of a training: `model` (as wrapped for several processes; `bare` inside), `optimizer`, and `done`, the number of finished steps.
+
+    What another training (fine-tuning) does otherwise: `loss`, `share`, `fingerprint`, `load`, `clip_grad`, and `own_state`, further attributes that a checkpoint keeps."""
+    clip_grad: float | None = None
+    own_state: tuple[str, ...] = ()
 
     def __init__(self, config: Config, run_dir: Path, views: Views, accelerator, interrupt: Interrupt):
         self.config, self.run_dir, self.views, self.accelerator, self.interrupt = config, Path(run_dir), views, accelerator, interrupt
@@ -256,6 +265,22 @@ class Trainer:
         optimizer = adamw(parameter_groups(self.bare, o.weight_decay), self.peak, o.betas, o.fused)
         self.model, self.optimizer = accelerator.prepare(self.bare, optimizer)
         self.done, self.skipped, self.seconds, self.window = 0, 0, 0., []
+
+    def loss(self, batch: dict, number: int) -> Tensor:
+        "Loss () of micro-batch `number` (from 1) of a step."
+        return micro_loss(self, batch)
+
+    def share(self) -> None:
+        "Write the weights for others."
+        share(self)
+
+    def fingerprint(self) -> str:
+        "Of what may not change between a checkpoint and going on."
+        return fingerprint(self.config)
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        "Take the weights of a checkpoint."
+        self.bare.load_state_dict(weights)
 
     @property
     def lr(self) -> float:
@@ -280,7 +305,7 @@ def update(trainer: Trainer, batches: list[dict]) -> tuple[float, bool]:
     for number, batch in enumerate(batches, 1):
         last = number == len(batches)
         with contextlib.nullcontext() if last else accelerator.no_sync(trainer.model):
-            loss = micro_loss(trainer, batch) / len(batches)
+            loss = trainer.loss(batch, number) / len(batches)
             total += loss.detach()
             if last:
                 watch = watch_loss(trainer, total, batches)
@@ -289,6 +314,8 @@ def update(trainer: Trainer, batches: list[dict]) -> tuple[float, bool]:
     loss /= accelerator.num_processes
     if not math.isfinite(loss):
         fail(trainer, loss, batches)
+    if trainer.clip_grad is not None:
+        accelerator.clip_grad_norm_(trainer.bare.parameters(), trainer.clip_grad)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
     trainer.bare.after_step()
@@ -338,7 +365,8 @@ def state_of(trainer: Trainer) -> dict:
     "What a checkpoint holds."
     scaler = getattr(trainer.accelerator, "scaler", None)
     return {"model": trainer.bare.state_dict(), "optimizer": trainer.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else {},
-            "step": trainer.done, "skipped": trainer.skipped, "seconds": trainer.seconds, "window": trainer.window, "fingerprint": fingerprint(trainer.config)}
+            "step": trainer.done, "skipped": trainer.skipped, "seconds": trainer.seconds, "window": trainer.window, "fingerprint": trainer.fingerprint(),
+            **{name: getattr(trainer, name) for name in trainer.own_state}}
 
 
 def save(trainer: Trainer) -> None:
@@ -349,7 +377,7 @@ def save(trainer: Trainer) -> None:
 
     def write():
         save_checkpoint(folder, trainer.done, state_of(trainer), keep)
-        share(trainer)
+        trainer.share()
     on_main(trainer.accelerator, write)
 
 
@@ -374,13 +402,15 @@ def restore(trainer: Trainer) -> int:
     found = latest_checkpoint(trainer.run_dir / "checkpoints")
     if found is not None:
         path, state = found
-        if state["fingerprint"] != fingerprint(trainer.config):
+        if state["fingerprint"] != trainer.fingerprint():
             raise UserError(f"{trainer.run_dir / 'config.json'} was changed after {path} was saved; undo that, or start a new run")
-        trainer.bare.load_state_dict(state["model"])
+        trainer.load(state["model"])
         trainer.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] and getattr(trainer.accelerator, "scaler", None):
             trainer.accelerator.scaler.load_state_dict(state["scaler"])
         trainer.done, trainer.skipped, trainer.seconds, trainer.window = (state[k] for k in ("step", "skipped", "seconds", "window"))
+        for name in trainer.own_state:
+            setattr(trainer, name, state[name])
     else:
         trainer.bare.before_training(trainer.views)
     on_main(trainer.accelerator, lambda: forget_what_follows(trainer.run_dir, trainer.done))
@@ -469,8 +499,8 @@ def batches_to_do(trainer: Trainer) -> Iterator[list[dict]]:
         yield [next(found) for _ in range(order.micro_batches)]
 
 
-def fit(trainer: Trainer, probe: Callable | None = None, figure: Callable | None = None, progress: bool = True) -> None:
-    "Train to the end. Raises TrainingFailed or TrainingStopped."
+def fit(trainer: Trainer, look: Callable[[], None], progress: bool = True) -> None:
+    "Train to the end; look() is called after each step, before its checkpoint. Raises TrainingFailed or TrainingStopped."
     t, began = trainer.config.train, time.perf_counter() - trainer.seconds
     with contextlib.closing(Clock(trainer.total, trainer.done, trainer.config.optim.batch_size, progress)) as clock:
         for batches in batches_to_do(trainer):
@@ -482,15 +512,20 @@ def fit(trainer: Trainer, probe: Callable | None = None, figure: Callable | None
             if trainer.done % t.log_every == 0 or trainer.done % trainer.epoch_steps == 0:
                 mean, trainer.window = sum(trainer.window) / len(trainer.window), []
                 log(trainer, {"loss": mean, "lr": lr, "images_per_s": round(rate, 1), "seconds": round(trainer.seconds, 1), "skipped": trainer.skipped})
-            if figure and trainer.due(t.figure_every):
-                draw(trainer, figure)
-            if probe and trainer.due(t.probe_every):
-                measure(trainer, probe)
+            look()
             if stop or trainer.due(t.save_every):
                 save(trainer)
             if stop and trainer.done < trainer.total:
                 raise TrainingStopped(f"stopped after step {trainer.done} of {trainer.total}; go on with: mae-repro resume {trainer.run_dir}")
-    finish(trainer)
+
+
+def look_at(trainer: Trainer, probe: Callable | None, figure: Callable | None) -> None:
+    "Draw and probe, when the config says so."
+    t = trainer.config.train
+    if figure and trainer.due(t.figure_every):
+        draw(trainer, figure)
+    if probe and trainer.due(t.probe_every):
+        measure(trainer, probe)
 
 
 def finish(trainer: Trainer) -> None:
@@ -562,21 +597,30 @@ def _found_run(config: Config, run_dir: Path | str | None, base: Path | str) -> 
 
 
 def _train(config: Config, run_dir: Path, views: Views, accelerator, probe, figure, progress) -> Path:
-    several = accelerator.num_processes > 1
+    def body(trainer: Trainer, start: int):
+        accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(run_dir)
+        accelerator.init_trackers("tensorboard" if not config.train.wandb else config.train.wandb, init_kwargs={
+            "tensorboard": {"purge_step": start + 1 if start else None},
+            "wandb": {"id": hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12], "resume": "allow", "dir": str(run_dir)}})
+        fit(trainer, lambda: look_at(trainer, probe, figure), progress and accelerator.is_main_process)
+        finish(trainer)
+    return train_in(run_dir, accelerator, lambda interrupt: Trainer(config, run_dir, views, accelerator, interrupt), body)
+
+
+def train_in(run_dir: Path, accelerator, make: Callable[[Interrupt], Trainer], body: Callable[[Trainer, int], None]) -> Path:
+    """Hold the run's folder, make the trainer, go on from its last checkpoint, and call body(trainer, the step it starts at); returns the folder.
+
+    Raises what the body raises; TrainingFailed if the disk is full, UserError if another process holds the folder."""
     with contextlib.ExitStack() as stack:
         on_main(accelerator, lambda: bool(stack.enter_context(run_lock(run_dir))))
         stack.callback(accelerator.end_training)
-        interrupt = stack.enter_context(Interrupt(patient=several))
-        trainer = Trainer(config, run_dir, views, accelerator, interrupt)
+        interrupt = stack.enter_context(Interrupt(patient=accelerator.num_processes > 1))
+        trainer = make(interrupt)
         stack.callback(release, trainer)
         try:
             start = restore(trainer)
             on_main(accelerator, lambda: _note_launch(run_dir, start, accelerator))
-            accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(run_dir)
-            accelerator.init_trackers("tensorboard" if not config.train.wandb else config.train.wandb, init_kwargs={
-                "tensorboard": {"purge_step": start + 1 if start else None},
-                "wandb": {"id": hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12], "resume": "allow", "dir": str(run_dir)}})
-            fit(trainer, probe, figure, progress and accelerator.is_main_process)
+            body(trainer, start)
             accelerator.wait_for_everyone()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
