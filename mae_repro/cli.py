@@ -10,7 +10,8 @@ __all__ = ['WELCOME', 'Json', 'C', 'VIEWS', 'VIEWS_USAGE', 'COST_USAGE', 'COMMAN
            'inspect_attention', 'InspectArgs', 'inspect', 'PhotoArgs', 'RenderArgs', 'render', 'ShowArgs', 'show',
            'train_views', 'MakeArgs', 'make', 'ConvertArgs', 'convert', 'VerifyArgs', 'verify', 'ScoreArgs', 'score',
            'FilterArgs', 'filter_views', 'views', 'ParityArgs', 'parity', 'ExportArgs', 'export', 'BenchmarkArgs',
-           'benchmark', 'CostArgs', 'cost', 'DemoArgs', 'demo', 'run', 'main']
+           'benchmark', 'CostArgs', 'cost', 'TablesData', 'ReproduceArgs', 'reproduce', 'DemoArgs', 'demo', 'run',
+           'main']
 
 # %% ../nbs/80_cli.ipynb #252fa891
 import contextlib
@@ -39,6 +40,7 @@ WELCOME = """mae-repro: masked autoencoders over one image or many views
   mae-repro views make --generator RUN --out DIR   other views of every image, by a model of `mae-repro views train`
   mae-repro parity                                 does this code compute what the authors' code computes?
   mae-repro cost mum-large --plan                  what a training would take, before it starts
+  mae-repro reproduce                              tables of the papers: what each costs here, and to make them again
 
 More: resume, dense, pose, inspect, export, benchmark, views (train, make, score, filter, convert, verify, render, show).
 `mae-repro COMMAND --help` explains each; the notebooks in nbs/ explain why."""
@@ -1545,6 +1547,158 @@ def _tokens_text(tokens: list[dict]) -> str:
     say = lambda n, t: f"{n} view{'s' if n > 1 else ''} of {t['patches']} patches: {t['visible']} visible{' + 1 cls' if t['cls'] else ''}, {t['predicted']} predicted"
     return "; ".join(say(len(list(run)), t) for t, run in groupby(tokens))
 
+# %% ../nbs/80_cli.ipynb #4e900001
+@dataclass(frozen=True)
+class TablesData:
+    "Folders of data. At scale tiny, built-in or rendered data stands for whatever is not given."
+    images: Path | None = None
+    "Images with labels: ImageNet's layout, CIFAR-10, or class folders."
+    photos: Path | None = None
+    "Images, labels not needed."
+    videos: Path | None = None
+    "Videos, or folders of frames (Kinetics-400)."
+    bags: Path | None = None
+    "Bags of an image and its generated views."
+    painted: Path | None = None
+    "tiny: bags for the rows that ask for painted views."
+    scenes: Path | None = None
+    "Scenes to train on: folders of pictures."
+    posed: Path | None = None
+    "Scenes with cameras.json and depth, for matching, pose, depth, normals and segmentation."
+    davis: Path | None = None
+    vip: Path | None = None
+    jhmdb: Path | None = None
+    megadepth: Path | None = None
+    scannet: Path | None = None
+    nyu: Path | None = None
+    ade20k: Path | None = None
+    moved: bool = False
+    "The same data as before, in other places."
+
+
+@dataclass(frozen=True)
+class ReproduceArgs:
+    """Make a table of a paper again: train its rows, evaluate its columns, print the paper's number beside ours. Without a TABLE: all tables, with hours and storage on this machine.
+
+    What is finished is never done again: the same command goes on after an interruption, and tables share rows. Results: OUT/SCALE/tables/TABLE.md, .csv, .json, .png."""
+    tables: Annotated[Positional[tuple[str, ...]], arg(metavar="TABLE")] = ()
+    "Names such as crossmae-3c."
+    data: TablesData = field(default_factory=TablesData)
+    scale: Literal["tiny", "small", "paper"] | None = None
+    "tiny: two CPU cores; small: one GPU; paper: as published. By default tiny; the list of tables shows all three."
+    only: tuple[str, ...] = ()
+    "Only these rows."
+    columns: tuple[str, ...] = ()
+    "Only these columns (their keys are in the table's JSON and CSV)."
+    seeds: int = 1
+    "Seeds 0, 1, ... of each row; from two on there are intervals."
+    seed: int | None = None
+    "Only this one of them."
+    dry_run: bool = False
+    "Print the commands, and run nothing."
+    script: Path | None = None
+    "Write a script with one line for each row and seed, for bash or as a SLURM array, and run nothing."
+    trial: bool = False
+    "The first steps of everything, at full size: does each command find its data, build its model and begin? Results go to OUT/trial-SCALE and mean nothing."
+    launcher: str = ""
+    "Words that start a training instead of `python`, such as 'torchrun --nproc-per-node 8'."
+    out: Path = Path("runs/reproduce")
+    "Where everything is kept."
+    json: Json = None
+
+
+def reproduce(args: list[str]) -> int:
+    from mae_repro.parts.weights import UserError
+    from mae_repro.reproduction.catalogue import table
+    a = parse(ReproduceArgs, args, "mae-repro reproduce")
+    given = {name: folder for name, folder in vars(a.data).items() if name != "moved"}
+    if a.seeds < 1 or (a.seed is not None and a.seed < 0):
+        raise UserError(f"--seeds {a.seeds} must be at least 1, and --seed not negative")
+    if not a.tables:
+        return _list_tables(a, given)
+    found = [table(name) for name in a.tables]
+    if a.only and len(found) > 1:
+        raise UserError(f"--only {' '.join(a.only)}: rows are of one table; name one")
+    return _reproduce(a, found, given)
+
+# %% ../nbs/80_cli.ipynb #4e900002
+def _list_tables(a: ReproduceArgs, given: dict) -> int:
+    "All tables, with their cost on this machine."
+    from mae_repro.reproduction.catalogue import SCALES, TABLES, estimate, machine_speed
+    device = _device("auto").type
+    speed, scales, rows = machine_speed(device), (a.scale,) if a.scale else SCALES, []
+    out = sys.stderr if a.json == "-" else sys.stdout
+    print(f"one seed on this machine ({'GPU' if device == 'cuda' else 'CPU'}, {speed / 1e12:.2f} Tflop/s in training); rows that tables share are counted in each\n\n"
+          f"{'table':13} rows  " + "  ".join(f"{scale:>19}" for scale in scales), file=out, flush=True)
+    for t in TABLES.values():
+        costs = {scale: estimate(t, scale, speed, given) for scale in scales}
+        rows.append({"table": t.key, "title": t.title, "source": t.source, "rows": len(t.rows), "cost": costs})
+        print(f"{t.key:13} {len(t.rows):4}  " + "  ".join(f"{_hours(c.hours):>9} {c.bytes / 2 ** 30:6,.1f} GB" for c in costs.values()) + f"  {t.title} ({t.source})", file=out, flush=True)
+    print("\nmae-repro reproduce TABLE --dry-run prints the commands; --scale small or paper needs data (--data.images DIR ...)", file=out)
+    emit(rows, a.json)
+    return 0
+
+
+def _hours(hours: float) -> str:
+    "For people."
+    return f"{60 * hours:.0f} min" if hours < 2 else f"{hours:,.0f} h"
+
+
+def _reproduce(a: ReproduceArgs, tables: list, given: dict) -> int:
+    "Run these tables, or say what would be run."
+    from mae_repro.parts.weights import UserError
+    from mae_repro.reproduction import results, runner
+    from mae_repro.reproduction.columns import EVALUATIONS, MODELS
+    from mae_repro.reproduction.tables import table_steps
+    scale = a.scale or "tiny"
+    home, seeds = a.out / (f"trial-{scale}" if a.trial else scale), (a.seed,) if a.seed is not None else tuple(range(a.seeds))
+    numbers = [(t, *number) for t in tables for number in table_steps(t, scale, seeds, given, home, MODELS, EVALUATIONS, a.only, a.trial)]
+    if a.columns:
+        known = dict.fromkeys(column for *_, column, _ in numbers)
+        if wrong := [c for c in a.columns if c not in known]:
+            raise UserError(f"--columns {wrong[0]}: is not a column here; there are {', '.join(known)}")
+        numbers = [n for n in numbers if n[3] in a.columns]
+    if not numbers:
+        raise UserError(f"{', '.join(t.key for t in tables)}: nothing to do at scale {scale}")
+    if a.script is not None:
+        return _write_script(a, numbers, scale)
+    steps = runner.flat(step for *_, step in numbers)
+    if a.dry_run:
+        emit([step.line() for step in steps], a.json, "\n".join(step.line() + "    # done" * step.done.is_file() for step in steps))
+        return 0
+    runner.check_data(home, given, a.data.moved)
+    failed = runner.run_steps([step for *_, step in numbers], home, tuple(a.launcher.split()), a.json != "-" or sys.stderr.isatty())
+    found = [results.collect(t, scale, seeds, given, home, f"mae-repro reproduce {t.key} --scale {scale} --seeds {a.seeds}") for t in tables] if not a.trial else []
+    for one in found:
+        path = results.write_results(one, home / "tables")
+        print(results.to_markdown(one) + f"\n{path}\n", file=sys.stderr if a.json == "-" else sys.stdout)
+    if a.trial:
+        print(f"{len(steps) - len(failed)} of {len(steps)} commands begin as they should: {home}")
+    emit(found, a.json)
+    if failed:
+        print(f"mae-repro reproduce: {len(failed)} of {len(steps)} steps failed or wait for one that did; the same command tries them again", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _write_script(a: ReproduceArgs, numbers: list, scale: str) -> int:
+    "A line for each row and seed."
+    import shlex
+
+    from mae_repro.parts.weights import UserError
+    from mae_repro.reproduction.runner import job_script
+    kept = [word for name, folder in vars(a.data).items() if name != "moved" and folder is not None for word in (f"--data.{name}", str(folder.resolve()))]
+    kept += ["--out", str(a.out.resolve()), *(("--launcher", a.launcher) if a.launcher else ()), *(("--trial",) if a.trial else ())]
+    jobs = dict.fromkeys((t.key, row.key, seed) for t, row, seed, _, _ in numbers)
+    lines = [shlex.join(["mae-repro", "reproduce", key, "--scale", scale, "--only", row, "--seed", str(seed), *kept]) for key, row, seed in jobs]
+    try:
+        a.script.parent.mkdir(parents=True, exist_ok=True)
+        a.script.write_text(job_script(lines, "-".join(dict.fromkeys(t.key for t, *_ in numbers))), encoding="utf-8")
+        a.script.chmod(0o755)
+    except OSError as error:
+        raise UserError(f"--script {a.script}: cannot be written ({error.strerror})") from None
+    print(f"{a.script}: {len(lines)} jobs; sbatch {a.script}, or bash {a.script}")
+    return 0
+
 # %% ../nbs/80_cli.ipynb #5869c801
 @dataclass(frozen=True)
 class DemoArgs:
@@ -1563,7 +1717,7 @@ def demo(args: list[str]) -> int:
 
 # %% ../nbs/80_cli.ipynb #cb1ef877
 COMMANDS = {"demo": demo, "recipes": recipes, "pretrain": pretrain, "resume": resume, "probe": probe, "finetune": finetune, "dense": dense, "propagate": propagate, "match": match, "pose": pose, "inspect": inspect, "views": views,
-            "parity": parity, "export": export, "cost": cost, "benchmark": benchmark}
+            "parity": parity, "export": export, "cost": cost, "benchmark": benchmark, "reproduce": reproduce}
 
 
 def run(args: list[str]) -> int:

@@ -322,8 +322,21 @@ def _built_in() -> BuiltIn:
     return BuiltIn(np.array(PHOTOGRAPHS, dtype=bytes), root=str(root))
 
 
+def _digit_parts() -> dict[str, Callable[[], ImageSet]]:
+    "scikit-learn's handwritten digits as 32 x 32 pixels; every fifth of a class is for the test."
+    from sklearn.datasets import load_digits
+    found = load_digits()
+    order = np.argsort(found.target, kind="stable")  # by class, as files in class folders are
+
+    def part(rows: np.ndarray) -> Pixels:
+        grey = (found.images[rows] * (255 / 16)).round().astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)
+        return Pixels(np.array([f"digit-{i:04d}".encode() for i in rows]), found.target[rows].tolist(), tuple("0123456789"), np.repeat(grey[..., None], 3, axis=3))
+    number = np.concatenate([np.arange(n) for n in np.bincount(found.target)])
+    return {"train": lambda: part(order[number % 5 != 4]), "test": lambda: part(order[number % 5 == 4])}
+
+
 def open_images(root: str | Path | None = None, split: str | None = None, limit: int | None = None) -> ImageSet:
-    """The images below a folder, whichever layout it has; None: the photographs inside scikit-image.
+    """The images below a folder, whichever layout it has; None: the photographs inside scikit-image; `digits` (if there is no such folder): the labelled ones of scikit-learn.
 
     Layouts, tried in this order: CIFAR-10's pickles, numbered .npz archives, `train` and `val` or `test` folders, any folder (see data/README.md).
     `split` (train, val, test; default train): val and test stand for each other where only one is there; data without parts is "train".
@@ -347,6 +360,8 @@ def open_images(root: str | Path | None = None, split: str | None = None, limit:
 
 
 def _parts(root: Path) -> dict[str, Callable[[], ImageSet]]:
+    if str(root) == "digits" and not root.exists():
+        return _digit_parts()
     if not root.is_dir():
         raise UserError(f"{root} is {'a file, not a folder' if root.exists() else 'missing'}: give the folder that holds the images (--data.root DIR)")
     return _cifar_parts(root) or _npz_parts(root) or _folder_parts(root)
