@@ -30,6 +30,12 @@ _SOURCES = (
 
 # %% ../../nbs/reproduction/74_cdgmae_tables.ipynb #0ab6fbbc
 _TABLES = (
+    Table("cdgmae-1", "How alike two views of a source are", "CDG-MAE, Table 1", "MAE ViT-B/16, 5,000 pairs", ("gs", "ls", "nps"), _SOURCES,
+          "Layer, norm and preprocessing are not stated in the paper (mae-repro views score has them as options)."),
+    Table("cdgmae-2", "SiamMAE, CropMAE and CDG-MAE", "CDG-MAE, Table 2", _SETTING, _PROPAGATED, (
+        Row("mae", "MAE", "mae-crops"), Row("siammae", "SiamMAE (videos)", "siammae"), Row("cropmae", "CropMAE (images)", "cropmae"),
+        Row("a1", "CDG-MAE, one anchor", "cdgmae", "--method.num-anchors 1 --method.anchor-mask-ratio 0"), Row("a3", "CDG-MAE, three anchors", "cdgmae")),
+        "That Table 2 is this comparison is our reading. " + _GEN),
     Table("cdgmae-3", "Mask ratio of the target", "CDG-MAE, Table 3", _SETTING, _PROPAGATED, tuple(
         Row(f"{ratio}", f"{ratio} %", "cdgmae", f"--method.mask-ratio .{ratio}") for ratio in (75, 90, 95)), _GEN),
     Table("cdgmae-4", "Where the anchor comes from", "CDG-MAE, Table 4", _SETTING, ("gs", "ls", "nps", *_PROPAGATED), _SOURCES, "One complete anchor in all rows."),
@@ -40,6 +46,8 @@ _TABLES = (
         Row("real", "CropMAE, real images", "cropmae"),
         Row("both", "CropMAE, real and generated images", "cropmae-synthetic"),
         Row("cdgmae", "CDG-MAE", "cdgmae")), _GEN),
+    Table("cdgmae-sizes", "Smaller patches, larger networks", "CDG-MAE, recipes for ViT-S/8 and B/16", "ViT-S/16, S/8, B/16; else as Table 5", _PROPAGATED, (
+        Row("s16", "ViT-S/16", "cdgmae"), Row("s8", "ViT-S/8 (half the patch at tiny and small)", "cdgmae-s8"), Row("b16", "ViT-B/16 (wider at tiny and small)", "cdgmae-b")), _GEN),
 )
 
 TABLES: dict[str, Table] = {table.key: table for table in _TABLES}
