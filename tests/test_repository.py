@@ -33,8 +33,10 @@ ARROWS = {
     "training": {"parts", "methods", "views"},
     "evaluation": {"parts", "views", "training"},
     "analysis": BELOW_ANALYSIS,
+    "reproduction": {*BELOW_ANALYSIS, "analysis"},
+    "ledger": {*BELOW_ANALYSIS, "analysis", "reproduction"},
     "parity": {"parts", "methods"},
-    "cli": {*BELOW_ANALYSIS, "analysis", "parity"},
+    "cli": {*BELOW_ANALYSIS, "analysis", "reproduction", "parity"},
 }
 KB = 1024
 NOTEBOOK_BYTES, ALL_NOTEBOOKS_BYTES = 300 * KB, 8 * KB * KB

@@ -33,7 +33,7 @@ MODELS: dict[str, dict[Scale, str]] = {
                   "paper": "mae-vits16 --data.root {photos}"},
     "siammae": {"tiny": f"siammae-tiny --data.root {{videos}} {_PAIRS}", "small": "siammae-small --data.root {videos}", "paper": "siammae-vits16 --data.root {videos}"},
     "cropmae": {"tiny": f"cropmae-tiny --data.root {{photos}} {_PAIRS}", "small": "cropmae-small --data.root {photos}", "paper": "cropmae-vits16-cdg --data.root {photos}"},
-    "cropmae-synthetic": {"tiny": f"cropmae-tiny --data.root {{painted}} {_PAIRS}", "small": "cropmae-small --data.root {bags}", "paper": "cropmae-vits16-cdg-synthetic --data.root {bags}"},
+    "cropmae-synthetic": {"tiny": f"cropmae-tiny --data.root {{painted}} --data.repeats 80 {_PAIRS}", "small": "cropmae-small --data.root {bags}", "paper": "cropmae-vits16-cdg-synthetic --data.root {bags}"},
     "cdgmae": {"tiny": f"cdgmae-tiny --data.root {{bags}} {_PAIRS}", "small": "cdgmae-small --data.root {bags}", "paper": "cdgmae-a3 --data.root {bags}"},
     # one complete anchor, from wherever the row takes it
     "pair": {"tiny": f"cdgmae-tiny {_PAIRS} --method.num-anchors 1 --method.anchor-mask-ratio 0", "small": "cdgmae-small --method.num-anchors 1 --method.anchor-mask-ratio 0", "paper": "cdgmae-a1"},
@@ -41,6 +41,8 @@ MODELS: dict[str, dict[Scale, str]] = {
     "cdgmae-b": {"tiny": f"cdgmae-tiny --data.root {{bags}} {_PAIRS} --method.embed-dim 192", "small": "cdgmae-small --data.root {bags} --method.embed-dim 384 --method.num-heads 6",
                  "paper": "cdgmae-a3-vitb16 --data.root {bags}"},
     "mum": {"tiny": f"mum-tiny --data.root {{scenes}} {_FRAMES}", "small": "mum-small --data.root {scenes} --optim.epochs 20 --optim.warmup-epochs 1", "paper": "mum-base --data.root {scenes}"},
+    "mum-24": {"tiny": f"mum-tiny --data.root {{scenes}} {_FRAMES}", "small": "mum-small --data.root {scenes} --optim.epochs 20 --optim.warmup-epochs 1",
+               "paper": "mum-base --method.num-views 24 --data.root {scenes}"},
     "mum-l": {"tiny": f"mum-tiny --data.root {{scenes}} {_FRAMES}", "small": "mum-small --data.root {scenes}", "paper": "mum-large --data.root {scenes}"},
     "mae-frames": {"tiny": f"mae-tiny {_ONE_FRAME} --data.root {{scenes}} {_FRAMES}",
                    "small": "mae-small --method.img-size 96 --method.patch-size 8 --views.source scene --views.epoch-steps 500 --optim.batch-size 384 --data.root {scenes} --optim.epochs 20 --optim.warmup-epochs 1",

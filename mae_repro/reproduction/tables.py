@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Scale', 'SCALES', 'Words', 'DATA', 'words_at', 'Evaluation', 'Row', 'Table', 'Data', 'data_words', 'config_of',
-           'Step', 'slug', 'data_steps', 'train_step', 'evaluate_step', 'evaluations_of', 'training_words', 'rows_at',
-           'trial_words', 'table_steps']
+           'Step', 'slug', 'training_name', 'data_steps', 'train_step', 'evaluate_step', 'evaluations_of',
+           'training_words', 'rows_at', 'trial_words', 'table_steps']
 
 # %% ../../nbs/reproduction/71_tables.ipynb #87fd7555
 import hashlib
@@ -178,6 +178,12 @@ def slug(name: str, content: list[str]) -> str:
     return f"{name}-{hashlib.sha256(shlex.join(content).encode()).hexdigest()[:8]}"
 
 # %% ../../nbs/reproduction/71_tables.ipynb #afb5a712
+@lru_cache(maxsize=1024)
+def training_name(words: tuple[str, ...]) -> str:
+    "A name of what is trained on which data: the same for other words that mean the same."
+    return slug(words[0], [fingerprint(config_of(words)), *(word for word in words if word.startswith("{"))])
+
+
 def data_steps(names: list[str], given: Mapping[str, Path | None], home: Path) -> tuple[Step, ...]:
     "Commands that make the data of these names, where none is given and it is not built in."
     found = []
@@ -191,8 +197,7 @@ def data_steps(names: list[str], given: Mapping[str, Path | None], home: Path) -
 
 def train_step(words: list[str], seed: int, given: Mapping[str, Path | None], scale: Scale, home: Path, about: str) -> Step:
     "The training of a recipe with options."
-    data = [word for word in words if word.startswith("{")]
-    place = home / "trained" / f"{slug(words[0], [fingerprint(config_of(tuple(words))), *data])}-seed{seed}"
+    place = home / "trained" / f"{training_name(tuple(words))}-seed{seed}"
     command, used = data_words(words, given, scale, home)
     return Step("train", ("pretrain", *command, "--train.seed", str(seed), "--out", str(place)), place, place / "summary.json", data_steps(used, given, home), about)
 
