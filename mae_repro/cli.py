@@ -10,8 +10,8 @@ __all__ = ['WELCOME', 'Json', 'C', 'VIEWS', 'VIEWS_USAGE', 'COST_USAGE', 'COMMAN
            'inspect_attention', 'InspectArgs', 'inspect', 'PhotoArgs', 'RenderArgs', 'render', 'ShowArgs', 'show',
            'train_views', 'MakeArgs', 'make', 'ConvertArgs', 'convert', 'VerifyArgs', 'verify', 'ScoreArgs', 'score',
            'FilterArgs', 'filter_views', 'views', 'ParityArgs', 'parity', 'ExportArgs', 'export', 'BenchmarkArgs',
-           'benchmark', 'CostArgs', 'cost', 'TablesData', 'ReproduceArgs', 'reproduce', 'DemoArgs', 'demo', 'run',
-           'main']
+           'benchmark', 'CostArgs', 'cost', 'TablesData', 'ReproduceArgs', 'reproduce', 'LedgerArgs', 'ledger',
+           'DemoArgs', 'demo', 'run', 'main']
 
 # %% ../nbs/80_cli.ipynb #252fa891
 import contextlib
@@ -66,7 +66,20 @@ def parse(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
         text = re.sub(r"\A(╭.*\n|.*\n\s*-+\s*\n)", "", text)  # a frame, or in a notebook a title and dashes, which says less than what follows
         lines = [re.sub(r"^[│╰]\s?|\s*[│╯]$", "", line).rstrip() for line in text.splitlines()]
         lines = [line for line in lines if line.strip() and set(line.strip()) - set("─-")]
+        if lines and lines[0].lstrip().startswith("Missing from"):
+            raise BadUsage(_missing(lines, prog)) from None
         raise BadUsage("\n".join(lines).lstrip() or "the arguments cannot be understood") from None
+
+
+def _missing(lines: list[str], prog: str) -> str:
+    "One line of tyro's list of what is missing: names, indented by four, and below each what it is for."
+    names, about = [], []
+    for line in lines[1:]:
+        if line.startswith("For full"):
+            break
+        (about if line.startswith(" " * 8) else names).append(line.strip())
+    said = " ".join(about).replace("(required)", "").strip().rstrip(".")
+    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing" + (f": {said[0].lower()}{said[1:]}" if said and len(names) == 1 else "") + f". See {prog} --help"
 
 
 def _check_json(where: str | None) -> None:
@@ -302,7 +315,7 @@ def _fifths(images, limit: int | None, test_limit: int | None):
 @dataclass(frozen=True)
 class ProbeArgs:
     "Accuracy of a simple classifier on frozen features: the encoder, its untrained self, and raw pixels."
-    encoder: Positional[str]
+    encoder: Annotated[Positional[str], arg(metavar="ENCODER")]
     "A run's folder, a checkpoint file, or a timm name."
     data: DataArgs = field(default_factory=DataArgs)
     kind: Literal["knn", "linear", "attentive"] = "knn"
@@ -1699,6 +1712,27 @@ def _write_script(a: ReproduceArgs, numbers: list, scale: str) -> int:
     print(f"{a.script}: {len(lines)} jobs; sbatch {a.script}, or bash {a.script}")
     return 0
 
+
+@dataclass(frozen=True)
+class LedgerArgs:
+    "The claims of the papers, each with what came out here and a verdict: holds, does not hold, undecided, not run."
+    results: Path | None = None
+    "Folder of tables of your own (OUT/SCALE/tables of `reproduce`); by default those kept with the project."
+    json: Json = None
+
+
+def ledger(args: list[str]) -> int:
+    from mae_repro.ledger import ledger as judged, read_results
+    from mae_repro.parts.weights import UserError
+    a = parse(LedgerArgs, args, "mae-repro ledger")
+    if a.results is not None and not a.results.is_dir():
+        raise UserError(f"--results {a.results}: is no folder; give OUT/SCALE/tables of mae-repro reproduce")
+    rows = judged(read_results(a.results))
+    lines = [f"{r['verdict'].upper():13}  {r['claim']} ({r['source']}{'; paper: ' + r['paper'] if r['paper'] else ''})" + (f"\n{'':15}{r['ours']}" if r["ours"] else "") for r in rows]
+    count = {v: sum(r["verdict"] == v for r in rows) for v in ("holds", "does not hold", "undecided", "not run")}
+    emit(rows, a.json, "\n".join([*lines, "", ", ".join(f"{n} {v}" for v, n in count.items())]))
+    return 0
+
 # %% ../nbs/80_cli.ipynb #5869c801
 @dataclass(frozen=True)
 class DemoArgs:
@@ -1717,7 +1751,7 @@ def demo(args: list[str]) -> int:
 
 # %% ../nbs/80_cli.ipynb #cb1ef877
 COMMANDS = {"demo": demo, "recipes": recipes, "pretrain": pretrain, "resume": resume, "probe": probe, "finetune": finetune, "dense": dense, "propagate": propagate, "match": match, "pose": pose, "inspect": inspect, "views": views,
-            "parity": parity, "export": export, "cost": cost, "benchmark": benchmark, "reproduce": reproduce}
+            "parity": parity, "export": export, "cost": cost, "benchmark": benchmark, "reproduce": reproduce, "ledger": ledger}
 
 
 def run(args: list[str]) -> int:

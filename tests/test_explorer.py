@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from mae_repro.analysis.attention import attention_names, cross_view_maps, record
-from mae_repro.analysis.explorer import (Explorer, Instrument, Look, as_bytes, as_png, attention_pictures, contribution_pictures, explore, explorer_figure, mask_pictures, panels,
-                                         pictures_to_explore, run_and_record, short_name, token_places)
+from mae_repro.analysis.explorer import (Explorer, Instrument, Look, PatientEncoder, as_bytes, as_png, attention_pictures, contribution_pictures, explore, explorer_figure, mask_pictures, panels,
+                                         pictures_to_explore, recordable, row_of, run_pass, short_name, token_places)
 from mae_repro.methods.cdgmae import CDGMAE
 from mae_repro.methods.croco import CroCo
 from mae_repro.methods.crossmae import CrossMAE
@@ -44,6 +44,12 @@ def masks_for(v, seed=0, l=16):
     return Masks.given(hidden, hidden & (torch.arange(v) < 1)[:, None])
 
 
+def rows(model, views, masks, view, patch):
+    "What one patch reads in every block where it asks."
+    seen = run_pass(model, views, masks)
+    return {name: row for name in recordable(model) if (row := row_of(model, seen, name, view, patch)) is not None}
+
+
 # ---------------------------------------------------------------- who asks, who is read
 
 @both
@@ -66,7 +72,7 @@ def test_the_encoder_row_of_a_view_by_hand():
     for view in range(3):
         ids = masks.visible[view][0, 0]
         rank = len(ids) // 2
-        _, maps = run_and_record(model, views, masks, view, int(ids[rank]))
+        maps = rows(model, views, masks, view, int(ids[rank]))
         with torch.no_grad():
             encoder = model.encoder
             x, turn = encoder.embed(views[:, view], ids[None]), encoder.rotation(views[:, view], ids[None])
@@ -80,7 +86,7 @@ def test_the_encoder_row_of_a_view_by_hand():
 def test_cross_attention_reads_the_visible_patches_of_the_others_by_hand():
     model, views, masks = small(SiamMAE, decoder_depth=1), pictures(2)[None], masks_for(2)
     asking = int(masks.predicted[0][0, 0, 3])
-    _, maps = run_and_record(model, views, masks, 0, asking)
+    maps = rows(model, views, masks, 0, asking)
     with torch.no_grad():
         seen, decoder = encode_views(model.encoder, views, masks), model.decoder
         x, given = decoder.inputs(seen, masks)
@@ -95,14 +101,14 @@ def test_cross_attention_reads_the_visible_patches_of_the_others_by_hand():
 @pytest.mark.parametrize("kind, v", [(SiamMAE, 3), (CroCo, 2), (MuM, 3)])
 def test_with_nothing_hidden_rows_are_those_of_cross_view_maps(kind, v):
     model, views = small(kind), pictures(v)
-    _, maps = run_and_record(model, views[None], Masks.given(torch.zeros(1, v, 16, dtype=torch.bool)), 0, 6)
-    for name, rows in cross_view_maps(model, views, [6]).items():
-        torch.testing.assert_close(maps[name].nan_to_num(), rows[0], atol=1e-6, rtol=1e-5)
+    maps = rows(model, views[None], Masks.given(torch.zeros(1, v, 16, dtype=torch.bool)), 0, 6)
+    for name, known in cross_view_maps(model, views, [6]).items():
+        torch.testing.assert_close(maps[name].nan_to_num(), known[0], atol=1e-6, rtol=1e-5)
 
 
 def test_without_class_tokens_a_row_sums_to_one():
     model, masks = small(CroCo), masks_for(2)
-    _, maps = run_and_record(model, pictures(2)[None], masks, 0, int(masks.visible[0][0, 0, 1]))
+    maps = rows(model, pictures(2)[None], masks, 0, int(masks.visible[0][0, 0, 1]))
     assert set(maps) == set(attention_names(model))
     for name, x in maps.items():
         torch.testing.assert_close(x.nan_to_num().sum((1, 2, 3)), torch.ones(len(x)), msg=name)
@@ -111,7 +117,7 @@ def test_without_class_tokens_a_row_sums_to_one():
 def test_a_patch_asks_only_where_it_is():
     masks, views = masks_for(1), pictures()[None]
     hidden, visible = int(masks.predicted[0][0, 0, 0]), int(masks.visible[0][0, 0, 0])
-    names = lambda kind, patch: {name.split(".")[0] for name in run_and_record(small(kind), views, masks, 0, patch)[1]}
+    names = lambda kind, patch: {name.split(".")[0] for name in rows(small(kind), views, masks, 0, patch)}
     assert names(MAE, hidden) == {"decoder"} == names(CrossMAE, hidden)
     assert names(MAE, visible) == {"encoder", "decoder"} and names(CrossMAE, visible) == {"encoder"}
 
@@ -120,7 +126,9 @@ def test_an_encoder_that_reads_all_views_at_once_is_left_out():
     model = small(MuM, inter_frame="encoder")
     explorer = Explorer({"x": model}, pictures(3), .5, .5)
     explorer.ask(3, view=0)
-    assert {name.split(".")[0] for name in explorer.attention("x")} == {"decoder"} and explorer.reconstruct("x").isfinite().all()
+    assert {name.split(".")[0] for name in explorer.layers["x"]} == {"decoder"} and explorer.reconstruct("x").isfinite().all()
+    assert all(explorer.row("x", name).shape == (4, 3, 4, 4) for name in explorer.layers["x"])
+    assert torch.equal(explorer.run("x").result.pred, model(pictures(3)[None], explorer.hidden[None]).pred)
 
 
 # ---------------------------------------------------------------- state
@@ -163,12 +171,13 @@ def test_reconstruction_and_loss_are_those_of_the_model(kind, v):
     names, parts = explorer.contributions("x")
     assert len(names) == len(parts) > 3
     torch.testing.assert_close(parts.sum(0).clamp(0, 1), explorer.reconstruct("x"), atol=1e-5, rtol=0)
+    torch.testing.assert_close(explorer.contributions("x", "true")[1].sum(0).clamp(0, 1), explorer.reconstruct("x", "true"), atol=1e-5, rtol=0)
 
 
 def test_two_models_share_the_mask_and_a_single_view_model_gets_the_first():
     explorer = Explorer({"mae": small(), "siammae": small(SiamMAE)}, pictures(2, (32, 48)), .75)
-    assert explorer.hidden.shape == (2, 24) and explorer.run("mae")[0].shape[1] == 1 and explorer.run("siammae")[0].shape[1] == 2
-    mae, siam = (explorer.run(name)[1].result for name in ("mae", "siammae"))
+    assert explorer.hidden.shape == (2, 24) and explorer.run("mae").views.shape[1] == 1 and explorer.run("siammae").views.shape[1] == 2
+    mae, siam = (explorer.run(name).result for name in ("mae", "siammae"))
     assert torch.equal(mae.predict[:, 0], siam.predict[:, 0]) and torch.equal(mae.predict[0, 0], explorer.hidden[0]) and not siam.predict[:, 1].any()
     assert torch.equal(explorer.reconstruct("siammae")[1], denormalise(pictures(2, (32, 48)))[1])   # the anchor, seen whole
     before = explorer.hidden
@@ -200,6 +209,71 @@ def test_bad_input_is_one_line_and_changes_nothing():
             wrong()
 
 
+# ---------------------------------------------------------------- what is not done again
+
+@both
+def test_what_is_remembered_changes_no_bit(kind, v):
+    "After each of a series of clicks the explorer says what the model says from scratch, and its rows are those that `record` sees."
+    model, explorer = small(kind), Explorer({"x": small(kind)}, pictures(v), .5, .25, seed=4)
+    for view, patch in ((0, 3), (0, 7), (v - 1, 2), (0, 3), (v - 1, 2), (v - 1, 5)):
+        explorer.toggle(patch, view)
+        seen = explorer.run("x")
+        with torch.no_grad(), record(model) as maps:
+            plain = model(seen.views, seen.masks.hidden, seen.masks.predict)
+        for one, other in zip(seen.result, plain):
+            assert torch.equal(one, other)
+        for asking in range(16):
+            explorer.ask(asking, v - 1)
+            for name in explorer.layers["x"]:
+                row, all_calls = explorer.row("x", name), [(i, call) for call in range(len(maps[name])) for i in range(len(maps[name][call]))]
+                whole = None
+                for i, call in all_calls:
+                    queries, keys = token_places(model, seen.masks, name, call)[i]
+                    at = (queries == (v - 1) * (model.encoder.num_prefix_tokens + 16) + model.encoder.num_prefix_tokens + asking).nonzero()
+                    if len(at) and whole is None:
+                        whole = torch.full((maps[name][call].shape[1], v * (model.encoder.num_prefix_tokens + 16)), torch.nan)
+                        whole[:, keys] = maps[name][call][i, :, at[0, 0]]
+                assert (row is None) == (whole is None)
+                if row is not None:
+                    whole = whole.unflatten(1, (v, -1))[:, :, model.encoder.num_prefix_tokens:].unflatten(2, (4, 4))
+                    torch.testing.assert_close(row, whole, atol=1e-6, rtol=1e-5, equal_nan=True)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in explorer.models["x"].modules())
+
+
+def counted(module):
+    "A list that grows by one number, the size of the batch, with each call of a module."
+    calls = []
+    module.register_forward_hook(lambda m, given, out: calls.append(len(given[0])))
+    return calls
+
+
+def test_an_encoder_is_asked_only_about_views_that_changed():
+    model = small(MuM)
+    explorer, encoded, decoded = Explorer({"x": model}, pictures(3), .75), counted(model.encoder), counted(model.decoder.norm)
+    did = lambda: (explorer.run("x"), encoded.copy(), len(decoded), encoded.clear(), decoded.clear())[1:3]
+    assert did() == ([1, 2], 1)                  # view 0, and two whole views
+    explorer.toggle(3)
+    assert did() == ([1], 1)
+    explorer.ask(3)
+    explorer.row("x", explorer.layers["x"][0]), explorer.contributions("x"), explorer.reconstruct("x", "true")
+    assert did() == ([], 0)                      # looking costs no pass
+    explorer.toggle(5, view=2)
+    assert did() == ([1, 1], 1)                  # whole views 1 and 2 no longer go together
+    explorer.toggle(6, view=2)
+    assert did() == ([1], 1)
+    explorer.show(views=pictures(3) + 1)
+    assert did() == ([1, 1, 1], 1)
+    said = PatientEncoder(model.encoder)
+    with torch.no_grad():
+        for images, ids, calls in ((pictures(2), None, 1), (pictures(2), None, 0), (pictures(2), torch.arange(4).expand(2, 4), 1), (pictures(2), torch.arange(4).expand(2, 4) + 1, 1), (pictures(2) + 1, None, 1)):
+            encoded.clear()
+            said.next_pass()
+            answer = said(images, ids, ())[0]
+            assert len(encoded) == calls and torch.equal(answer, model.encoder(images, ids)[0])
+        said.next_pass()
+        assert len(said(pictures(2) + 1, None, (1, 2))[1]) == 2          # other feature maps are another question
+
+
 # ---------------------------------------------------------------- pictures
 
 def test_the_mask_is_grey_where_hidden_and_the_picture_elsewhere():
@@ -217,7 +291,7 @@ def test_attention_is_brightest_at_its_largest_weight_and_dark_where_nothing_is_
     for head in (None, 2):
         shown = attention_pictures(explorer, "x", layer, head)[0].astype(int).sum(-1)
         patches = shown.reshape(4, 8, 4, 8).mean((1, 3)).ravel()
-        row = explorer.attention("x")[layer]
+        row = explorer.row("x", layer)
         row = (row.mean(0) if head is None else row[head]).flatten()
         assert patches[~explorer.hidden[0].numpy()].argmax() == row[~explorer.hidden[0]].argmax()
         assert np.ptp(patches[hidden[1:]]) == 0 and patches[hidden[1:]].max() < patches[~explorer.hidden[0].numpy()].max()
@@ -256,12 +330,14 @@ def click(widget, patch): widget._handle_custom_msg({"patch": patch}, [])
 def png(panel, key, view=0): return panel.board.shown[key, view].png
 
 
-def test_clicks_arrive_and_the_layout_stays(panel):
+def test_clicks_arrive_and_the_layout_stays(panel, monkeypatch):
     panel.picture.value = "scene"
-    before, columns = {key: widget.png for key, widget in panel.board.shown.items()}, panel.board.children
+    before, columns, packed = {key: widget.png for key, widget in panel.board.shown.items()}, panel.board.children, []
+    monkeypatch.setattr("mae_repro.analysis.explorer.as_png", lambda picture: packed.append(picture) or as_png(picture))
     click(panel.board.shown["mask", 1], 7)
     assert panel.explorer.hidden[1, 7] and 7 in panel.board.shown["mask", 1].marked
     changed = {key for key, widget in panel.board.shown.items() if widget.png != before[key]}
+    assert len(packed) == len(changed)
     assert {("mask", 1), ("reconstruction 1", 0)} <= changed and ("mask", 0) not in changed and ("reconstruction 0", 0) not in changed     # MAE does not read view 1
     click(panel.board.shown["detail 1", 0], 9)
     assert panel.explorer.query == (0, 9) and panel.board.shown["detail 1", 0].marked == [9] and panel.board.shown["detail 1", 0].word == "asks"

@@ -36,7 +36,7 @@ ARROWS = {
     "reproduction": {*BELOW_ANALYSIS, "analysis"},
     "ledger": {*BELOW_ANALYSIS, "analysis", "reproduction"},
     "parity": {"parts", "methods"},
-    "cli": {*BELOW_ANALYSIS, "analysis", "reproduction", "parity"},
+    "cli": {*BELOW_ANALYSIS, "analysis", "reproduction", "ledger", "parity"},
 }
 KB = 1024
 NOTEBOOK_BYTES, ALL_NOTEBOOKS_BYTES = 300 * KB, 8 * KB * KB

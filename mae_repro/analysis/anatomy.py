@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'decoder_blocks', 'Entry', 'residual_diary', 'frozen_norm', 'carry', 'Anatomy', 'default_masks', 'anatomise',
-           'part_pictures', 'anatomy_figure', 'shares', 'losses_so_far', 'format_anatomy', 'Mixing', 'mixing',
-           'mixing_figure', 'Layers', 'linear_cka', 'layers', 'layers_figure', 'Growth', 'add_patches', 'growth_figure']
+           'anatomy_of', 'part_pictures', 'anatomy_figure', 'shares', 'losses_so_far', 'format_anatomy', 'Mixing',
+           'mixing', 'mixing_figure', 'Layers', 'linear_cka', 'layers', 'layers_figure', 'Growth', 'add_patches',
+           'growth_figure']
 
 # %% ../../nbs/analysis/52_anatomy.ipynb #e27655fc
 from collections.abc import Callable, Iterator, Sequence
@@ -110,7 +111,13 @@ def anatomise(model: MaskedAutoencoder, views: Tensor, masks: Masks | None = Non
     masks = default_masks(model, views, seed) if masks is None else masks
     with residual_diary(model.decoder, masks, model.encoder.num_prefix_tokens) as diary:
         result = model(views, masks.hidden, masks.predict)
-    parts, head = carry(diary, steps), model.decoder.head
+    return anatomy_of(model.decoder, diary, result, steps)
+
+
+@torch.no_grad()
+def anatomy_of(decoder: Decoder, diary: Sequence[Entry], result: Reconstruction, steps: bool = False) -> Anatomy:
+    "The parts of a pass that is over, from its diary; see `anatomise`."
+    parts, head = carry(diary, steps), decoder.head
     found = torch.stack([x @ head.weight.T for x in parts.values()])
     found[0] += head.bias
     return Anatomy(tuple(parts), found, result)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Pictures', 'views_shown', 'own_pictures', 'built_in_pictures', 'reconstruction_section', 'anatomy_section',
-           'mixing_section', 'attention_section', 'cost_section', 'inspect_run']
+           'mixing_section', 'attention_section', 'hidden_patch_figure', 'cost_section', 'inspect_run']
 
 # %% ../../nbs/analysis/63_inspection.ipynb #c1ff5693
 import html
@@ -21,10 +21,12 @@ from torch import Tensor
 from .anatomy import anatomise, anatomy_figure, layers, layers_figure, losses_so_far, mixing, mixing_figure
 from .attention import cross_view_figure, cross_view_maps, meets_views, talk_figure, who_talks
 from .cost import count_parameters, forward_gflops, gflops_by_part, tokens_per_view
+from .explorer import Explorer, attention_pictures, mask_pictures, short_name
 from .report import Section, drawing, headline, loss_figure, picture_grid, reconstruction_rows, table, write_report
 from ..methods.catalogue import method_name, open_model, shipped
+from ..parts.decoders import RestoreDecoder
 from ..parts.model import MaskedAutoencoder, ModelConfig
-from ..parts.patches import denormalise, normalise
+from ..parts.patches import denormalise, normalise, show_images
 from ..parts.weights import UserError
 from ..training.pretrain import read_metrics
 from ..views.photos import BrokenImage, EvalCrop, Pixels, load_image, open_images
@@ -44,18 +46,16 @@ def views_shown(config: ModelConfig) -> int:
 
 
 def own_pictures(paths: Sequence[Path], config: ModelConfig) -> Pictures:
-    "Centre crops of files. UserError: a file that cannot be read, or too few of them for a sample."
+    "Centre crops of files. UserError: a file that cannot be read, or a number of them that makes no whole samples."
     v, crop, found = views_shown(config), EvalCrop(config.img_size), []
     for path in paths:
         try:
             found.append(crop(load_image(path))[0])
         except BrokenImage as error:
             raise UserError(f"{error.path}: {error.reason}; give picture files") from None
-    if len(found) < v:
+    if not found or len(found) % v:
         raise UserError(f"{len(found)} picture{'s' * (len(found) != 1)} given, and this model looks at {v} views of one scene: give {v}, or a multiple")
-    samples = len(found) // v
-    views = normalise(torch.stack(found[:samples * v])).unflatten(0, (samples, v))
-    return Pictures(views, tuple(Path(paths[i * v]).stem for i in range(samples)))
+    return Pictures(normalise(torch.stack(found)).unflatten(0, (-1, v)), tuple(Path(path).stem for path in paths[::v]))
 
 
 def built_in_pictures(config: ModelConfig) -> Pictures:
@@ -74,15 +74,19 @@ def reconstruction_section(model: MaskedAutoencoder, pictures: Pictures, seed: i
     if model.target.norm_pix_loss:
         text += ("<p>The model predicts each patch relative to its own brightness and contrast, which it does not know. In “reconstruction” both are estimated from visible neighbours; the last column uses the true "
                  "ones and therefore looks better than what was learned.</p>")
-    return Section("What was hidden, and what came back", text + picture_grid(reconstruction_rows(model, pictures.views, seed), list(pictures.names)))
+    rows, others = reconstruction_rows(model, pictures.views, seed), pictures.views.shape[1] - 1      # other views come first
+    first, rest = dict(list(rows.items())[others:]), dict(list(rows.items())[:others])
+    if rest:
+        text += picture_grid(first, list(pictures.names)) + "<p>The other views, as much of them as the model sees:</p>"
+    return Section("What was hidden, and what came back", text + picture_grid(rest or first, list(pictures.names)))
 
 
 def anatomy_section(model: MaskedAutoencoder, pictures: Pictures, seed: int = 0) -> Section:
     "Which block draws what."
     found = anatomise(model, pictures.views[:1], seed=seed)
     losses = losses_so_far(model, found)
-    text = ("<p>The prediction is a sum: one term for what enters the decoder and one for each block, with the statistics of the norms held fixed. Pictures of the terms, and the reconstruction that they add up to. "
-            f"Loss after the first term {float(losses.flatten()[0]):.2f}, after the last {float(losses.flatten()[-1]):.2f}.</p>")
+    text = ("<p>The prediction is a sum, with the statistics of the norms held fixed: what norms and bias add whatever the picture, what enters the decoder (mask token and position), and what each block adds. Pictures of the terms, "
+            f"and the reconstruction that they add up to. Loss before the first block {float(losses[1]):.2f}, after the last {float(losses[-1]):.2f}.</p>")
     body = text + drawing(anatomy_figure(model, pictures.views[:1], seed=seed), f"Contributions of the decoder's blocks to {pictures.names[0]}.", "Pictures of the contributions of each decoder block")
     body += drawing(layers_figure({"encoder": layers(model, pictures.views, seed=seed)}), "How alike the blocks of the encoder are.", "Similarity of encoder blocks")
     return Section("Which block draws what", body)
@@ -100,24 +104,33 @@ def _bytes(view: Tensor) -> np.ndarray:
     return (denormalise(view[None])[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
-def attention_section(model: MaskedAutoencoder, pictures: Pictures, seed: int = 0) -> Section | None:
-    "Who reads whom: between views, or mask tokens and visible ones; None for a decoder that has neither."
-    if meets_views(model):
+def attention_section(model: MaskedAutoencoder, pictures: Pictures, config: ModelConfig, seed: int = 0) -> Section:
+    "Who reads whom in the decoder: one patch the other views, where it can; mask tokens each other and visible ones in MAE's; else a hidden patch its own view."
+    if meets_views(model) and pictures.views.shape[1] > 1:
         gh, gw = (n // model.encoder.patch_size for n in pictures.views.shape[-2:])
         patch = gh // 2 * gw + gw // 2
         figure = cross_view_figure([_bytes(v) for v in pictures.views[0]], cross_view_maps(model, pictures.views[0], [patch]), patch)
         return Section("Where one patch looks in the other views", drawing(figure, "Attention of the marked patch, mean over heads, all views complete; ringed: the place it reads most.", "Attention maps"))
-    try:
+    if isinstance(model.decoder, RestoreDecoder):
         talks = who_talks(model, Pixels(pictures.names, pixels=np.stack([_bytes(v) for v in pictures.views[:, 0]])), model.encoder.img_size, seed=seed, progress=False)
-    except UserError:
-        return None
-    return Section("Who talks to whom", "<p>What the mask tokens of the decoder read: other mask tokens, or visible patches.</p>" + drawing(talk_figure(talks), "Weight of one pair, and of all together, by block; 95 % intervals over pictures.", "Attention of mask tokens"))
+        return Section("Who talks to whom", "<p>What the mask tokens of the decoder read: other mask tokens, or visible patches.</p>" + drawing(talk_figure(talks), "Weight of one pair, and of all together, by block; 95 % intervals over pictures.", "Attention of mask tokens"))
+    return Section("What a hidden patch reads", drawing(hidden_patch_figure(model, pictures.views[0], config.mask_ratio, seed), "Attention of the framed hidden patch in each block of the decoder, mean over heads, over the dimmed picture.", "Attention maps"))
+
+
+def hidden_patch_figure(model: MaskedAutoencoder, views: Tensor, mask_ratio: float, seed: int = 0):
+    "View 0 as the model sees it, and what the hidden patch nearest to its middle reads there, for each block of the decoder in which it asks."
+    explorer = Explorer({"": model}, views, mask_ratio, mask_ratio, seed)
+    (gh, gw), hidden = explorer.grid, explorer.hidden[0].nonzero()[:, 0]
+    explorer.ask(int(min(hidden.tolist(), key=lambda i: (i // gw - gh / 2) ** 2 + (i % gw - gw / 2) ** 2)))
+    blocks = [name for name in explorer.layers[""] if name.startswith("decoder.") and explorer.row("", name) is not None]
+    shown = [mask_pictures(explorer)[0], *(attention_pictures(explorer, "", name)[0] for name in blocks)]
+    return show_images([torch.from_numpy(x).permute(2, 0, 1) for x in shown], titles=["visible", *(short_name(name).removeprefix("decoder ") for name in blocks)], size=1.1)
 
 
 def cost_section(config: ModelConfig) -> Section:
     "Parameters, tokens and operations of one sample."
     count, flops, parts, tokens = count_parameters(config), forward_gflops(config), gflops_by_part(config, as_built=True), tokens_per_view(config)
-    lines = [["parameters, encoder and decoder", f"{count['encoder']:,} and {count['decoder']:,}"], ["operations of one sample, forward", f"{flops['total']:.4g} GFLOPs, {flops['decoder'] / flops['total']:.0%} of them in the decoder"],
+    lines = [["parameters, encoder and decoder", f"{count['encoder']:,} and {count['decoder']:,}"], ["operations of one sample, forward, as run here", f"{flops['total']:.4g} GFLOPs, {flops['decoder'] / flops['total']:.0%} of them in the decoder"],
              ["visible, predicted patches of the first view", f"{tokens[0]['visible']}, {tokens[0]['predicted']} of {tokens[0]['patches']}"]]
     return Section("What it costs", table(["", ""], lines) + table(["part", "GFLOPs"], [[name.replace("_", " "), f"{n:.4g}"] for name, n in parts.items() if n], (1,)))
 
@@ -137,7 +150,7 @@ def inspect_run(run: str | Path, images: Sequence[Path] = (), out: str | Path | 
     numbers |= {"loss at the start and at the end": f"{metrics[0]['loss']:.2f} → {metrics[-1]['loss']:.2f}"} if metrics else {"loss at the end": f"{about['final_loss']}"} if "final_loss" in about else {}
     curve = Section("The loss", drawing(loss_figure(metrics, model.target.norm_pix_loss), "Loss of the training batches.", "Training curve")) if metrics else None
     with torch.no_grad():
-        sections = [curve, reconstruction_section(model, pictures, seed), attention_section(model, pictures, seed), anatomy_section(model, pictures, seed), mixing_section(model, pictures, seed), cost_section(config)]
+        sections = [curve, reconstruction_section(model, pictures, seed), attention_section(model, pictures, config, seed), anatomy_section(model, pictures, seed), mixing_section(model, pictures, seed), cost_section(config)]
     where = f"{html.escape(str(run))}, {len(pictures.names)} {'of your pictures' if images else 'built-in pictures'}"
     path = Path(out) if out else Path(run) / "inspect.html" if Path(run).is_dir() else Path("inspect.html")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -188,7 +188,7 @@ def plan_text(plan: dict) -> str:
              f"  {p['steps']:,} steps of {p['samples_a_step']:,.0f} {p['counts']}, {p['forward_gflops_a_step'] / 1e3:,.0f} TFLOPs forward each",
              f"  {p['images_per_s_a_gpu']:,.0f} {p['counts']}/s a GPU ({p['speed_is']})",
              f"  memory of a GPU: {reach} ({advice})",
-             f"  storage: {p['storage_bytes'] / gb:,.1f} GB for {p['checkpoints']} checkpoints of {p['checkpoint_bytes'] / gb:.2f} GB, one being written, and the weights",
+             f"  storage: {p['storage_bytes'] / gb:,.1f} GB for {p['checkpoints']} checkpoint{'s' * (p['checkpoints'] != 1)} of {p['checkpoint_bytes'] / gb:.2f} GB, one being written, and the weights",
              f"  data read: {p['read_bytes'] / 1e12:,.1f} TB in all, {p['read_bytes_per_s'] / 1e6:,.0f} MB/s, if a picture is {_IMAGE_BYTES / 1e3:.0f} kB"]
     for r in p["reported"]:
         beside = f"{p['gpu_hours'] / r['gpu_hours']:.2f} times that here" if r["gpu"] == p["gpu"] else f"other GPUs: {r['gpu']}"
