@@ -1447,15 +1447,15 @@ class CostArgs(Generic[C]):
     "--plan: of which kind."
     images_per_s: float | None = None
     "--plan: measured training speed of one GPU, in what --optim.batch-size counts; None: from data/results if it is there, else from operations and --utilisation."
-    utilisation: float = .35
-    "--plan: share of the GPU's peak that training reaches, where nothing was measured (the A100 of CrossMAE's Table 10: 0.39)."
+    utilisation: float = .2
+    "--plan: share of the GPU's peak that training reaches, where nothing was measured (what the papers' hours imply)."
     samples: int | None = None
     "--plan: samples in an epoch; None: of the data set that the recipe was published for."
     json: Json = None
 
 
 COST_USAGE = """mae-repro cost RECIPE... [--convention mac-linear|mac-all|flop-all] [--as-built] [--measure] [--json PATH|-] [--field value ...]
-mae-repro cost --plan RECIPE... [--gpus 8] [--gpu a100|h100|h200] [--images-per-s N] [--utilisation .35] [--samples N] [--json PATH|-] [--field value ...]
+mae-repro cost --plan RECIPE... [--gpus 8] [--gpu a100|h100|h200] [--images-per-s N] [--utilisation .2] [--samples N] [--json PATH|-] [--field value ...]
 Recipes come first. A field holds for every recipe that has it, e.g. cost mae-vitb16 crossmae-vitb16 --method.prediction-ratio .25
 all fields and options: mae-repro cost RECIPE --help; recipes: mae-repro recipes"""
 

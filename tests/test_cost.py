@@ -211,10 +211,10 @@ def test_checkpointing_computes_blocks_again():
 
 
 def test_reported_hours():
-    "CrossMAE's two minutes an epoch, and MuM's A100 hours; only for what was timed."
+    "CrossMAE's minutes an epoch of four GPUs, and of two for all patches; only for what was timed."
     mae, cross = recipe("mae-vitb16"), replace_in(recipe("crossmae-vitb16"), "method.prediction_ratio", .25)
-    reported = [plan_training(c)["reported"] for c in (mae, cross, recipe("crossmae-vitb16"))]
-    assert [round(r[0]["gpu_hours"] / 2 / 800 * 60, 2) for r in reported[:2]] == [5.19, 3.38] and not reported[2]
+    reported = [plan_training(c)["reported"] for c in (mae, cross, recipe("crossmae-vitb16"), recipe("crossmae-vitl16"))]
+    assert [round(r[0]["gpu_hours"] / gpus / 800 * 60, 2) for r, gpus in zip(reported, (4, 4, 2))] == [5.19, 3.38, 8.41] and not reported[3]
     assert plan_training(mae)["gpu_hours"] / plan_training(cross)["gpu_hours"] == pytest.approx(5.19 / 3.38, rel=.05)
 
 

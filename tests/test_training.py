@@ -28,7 +28,7 @@ from mae_repro.training.optimisation import adamw, cosine_lr, parameter_groups, 
 from mae_repro.training.config import Config, config_from_dict, config_to_dict, replace_in, validate
 from mae_repro.methods.croco import CroCo
 from mae_repro.training.data import ViewsConfig
-from mae_repro.training.recipes import RECIPES, recipe, recipe_table
+from mae_repro.training.recipes import RECIPES, VIEW_RECIPES, recipe, recipe_table
 
 SHARED = Path(os.environ.get("MAE_REPRO_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 SIZES = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2)
@@ -605,3 +605,11 @@ def test_two_processes_fail_together(images, tmp_path):
     assert status == 1 and "TrainingFailed: loss is" in said, said
     folder, = (run / "nonfinite").iterdir()
     assert len((folder / "images.txt").read_text().split()) == 8
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *VIEW_RECIPES])
+def test_a_recipe_that_was_written_down_is_the_same_training(name):
+    "A recipe may say 1 where JSON, read back, says 1.0: its checkpoints must fit all the same, or no run of it could be resumed."
+    config = recipe(name, RECIPES | VIEW_RECIPES)
+    assert P.fingerprint(config_from_dict(json.loads(json.dumps(config_to_dict(config))))) == P.fingerprint(config)
+    assert P.fingerprint(replace_in(config, "optim.warmup_epochs", config.optim.warmup_epochs + .5)) != P.fingerprint(config)

@@ -143,7 +143,16 @@ def fingerprint(config: Config) -> str:
 def settings_hash(plain: dict, free: dict[str, tuple[str, ...]]) -> str:
     "16 hexadecimal digits of a config's plain values, without the fields named `free` in each group."
     kept = {k: {n: x for n, x in v.items() if n not in free.get(k, ())} if isinstance(v, dict) else v for k, v in plain.items()}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(_as_written(kept), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _as_written(value):
+    "1.0 as 1: a recipe may say the one where its config, read back from JSON, says the other."
+    if isinstance(value, dict):
+        return {k: _as_written(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_written(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 # %% ../../nbs/training/33_pretrain.ipynb #6349c89b
 def ignore_signals(_: int) -> None:

@@ -53,7 +53,7 @@ def mae_vitb16() -> Config[MAE]:
     """MAE, ViT-B/16, 800 epochs: He et al. 2021, Table 8 (batch 4096, base_lr 1.5e-4, 40 epochs of warm-up, normalised pixels).
 
     torchrun --nproc-per-node 8 -m mae_repro.cli pretrain mae-vitb16 --data.root IMAGENET --train.accumulate 2. CrossMAE's Table 10
-    times it at 5.19 minutes an epoch on two A100, which makes 69 hours for 800. Not run by us."""
+    times it at 5.19 minutes an epoch on four A100, which makes 69 hours for 800. Not run by us."""
     return _published("mae-vitb16", _mae("B"), 800, 40)
 
 
@@ -87,7 +87,7 @@ def crossmae_vitb16() -> Config[CrossMAE]:
     """CrossMAE, ViT-B/16, 800 epochs: Fu et al. 2024, Table 6 (400 or 800 epochs, batch 4096, base_lr 1.5e-4, 20 or 40 epochs of warm-up).
 
     torchrun --nproc-per-node 4 -m mae_repro.cli pretrain crossmae-vitb16 --data.root IMAGENET. Released weights: 83.722 % fine-tuned. Their
-    README's cheaper variant is `--method.prediction-ratio .25`: 3.38 minutes an epoch on two A100 (Table 10), which makes 45 hours. Not run by us."""
+    README's cheaper variant is `--method.prediction-ratio .25`: 3.38 minutes an epoch on four A100 (Table 10), which makes 45 hours. Not run by us."""
     return _published("crossmae-vitb16", _crossmae("B"), 800, 40, scale_lr="prediction/mask")
 
 
