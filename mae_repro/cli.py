@@ -1637,7 +1637,8 @@ def reproduce(args: list[str]) -> int:
 # %% ../nbs/80_cli.ipynb #4e900002
 def _list_tables(a: ReproduceArgs, given: dict) -> int:
     "All tables, with their cost on this machine."
-    from mae_repro.reproduction.catalogue import SCALES, TABLES, estimate, machine_speed
+    from mae_repro.reproduction.catalogue import TABLES, estimate, machine_speed
+    from mae_repro.reproduction.tables import SCALES
     device = _device("auto").type
     speed, scales, rows = machine_speed(device), (a.scale,) if a.scale else SCALES, []
     out = sys.stderr if a.json == "-" else sys.stdout

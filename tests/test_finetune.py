@@ -115,7 +115,7 @@ def test_recipes_are_the_published_ones():
     assert [T.recipe(None, Encoder(32, 16, d, 1, 4)).recipe for d in (384, 768, 1024, 1280, 128)] == ["vits16", "vitb16", "vitl16", "vith14", "tiny"]
     for make in T.RECIPES.values():
         plain = json.loads(json.dumps(T.config_to_dict(make())))
-        assert plain.pop("kind") == "finetune" and T._from_plain(FinetuneConfig, plain, {}, "x") == make()
+        assert plain.pop("kind") == "finetune" and T.from_plain(FinetuneConfig, plain, {}, "x") == make()
 
 
 # --- the model --------------------------------------------------------------------------------------------------------------------------

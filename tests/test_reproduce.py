@@ -14,7 +14,7 @@ import pytest
 
 from mae_repro import cli, ledger
 from mae_repro.parts.weights import UserError
-from mae_repro.reproduction import results, runner, tables
+from mae_repro.reproduction import results, runner
 from mae_repro.reproduction.catalogue import TABLES, estimate
 from mae_repro.reproduction.columns import EVALUATIONS, MODELS
 from mae_repro.reproduction.tables import DATA, SCALES, Evaluation, Row, Table, config_of, rows_at, table_steps, training_words

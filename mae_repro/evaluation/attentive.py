@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 # %% ../../nbs/evaluation/61_attentive.ipynb #5e289ae9
-from .probes import ProbeResult, _check_labels, extract_features, image_size, wilson
+from .probes import ProbeResult, check_labels, extract_features, image_size, wilson
 from .propagation import PatchPixels, at_size
 from ..parts.features import encoder_patch_size
 from ..parts.patches import grid_size
@@ -143,7 +143,7 @@ def attentive_predict(train_x: Tensor, train_y: Tensor, test_x: Tensor, config: 
 def attentive_probe(encoder: nn.Module, train_images, test_images, img_size=None, batch_size: int = 64, workers: int = 0, device: str | torch.device = "cpu", amp: bool = False,
                     progress: bool = True, config: AttentiveConfig = AttentiveConfig(), name: str = "encoder") -> ProbeResult:
     "One row, like `probes.probe` for other kinds; its pool is \"attention\". UserError as there, and if the tokens of all images need more than `memory_gb`."
-    _check_labels(train_images, test_images)
+    check_labels(train_images, test_images)
     size = image_size(encoder) if img_size is None else img_size
     size = (size, size) if isinstance(size, int) else tuple(size)
     sized, patches = at_size(encoder, size), math.prod(grid_size(size, encoder_patch_size(encoder)))

@@ -30,11 +30,11 @@ from torchvision.transforms import v2
 
 # %% ../../nbs/evaluation/41_finetune.ipynb #d90d6ce2
 from .classifier import Classifier, layer_groups, published_state, sizes, tunable
-from .probes import _check_labels, wilson
+from .probes import check_labels, wilson
 from ..parts.patches import normalise
 from ..parts.weights import UserError, save_state
 from ..training.checkpoints import latest_checkpoint
-from ..training.config import OptimConfig, TrainConfig, _check_optim, _check_train, _from_plain, _shown
+from ..training.config import OptimConfig, TrainConfig, from_plain, optim_rules, refuse, train_rules
 from ..training.optimisation import adamw, peak_lr
 from ..training.pretrain import (Interrupt, Trainer, fit, ignore_signals, is_finished, log, new_run_dir, on_main, processes, read_metrics, settings_hash, start_accelerator,
                                          train_in, write_json)
@@ -165,7 +165,7 @@ def read_config(run_dir: Path | str) -> FinetuneConfig | None:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if plain.pop("kind", None) != "finetune":
         return None
-    return _from_plain(FinetuneConfig, plain, {}, str(path))
+    return from_plain(FinetuneConfig, plain, {}, str(path))
 
 # %% ../../nbs/evaluation/41_finetune.ipynb #024b4ea6
 def vitb16() -> FinetuneConfig:
@@ -227,12 +227,8 @@ def recipe(name: str | None, encoder: nn.Module) -> FinetuneConfig:
 # %% ../../nbs/evaluation/41_finetune.ipynb #2bfb259f
 def check(config: FinetuneConfig, num_images: int | None = None, world: int = 1) -> None:
     "UserError naming the first field that cannot work, as typed on the command line. num_images: training images, if known; world: processes."
-    for name, ok, rule in (*_check_optim(config), *_check_train(config), *_check_own(config)):
-        if not ok:
-            value = config
-            for part in name.split("."):
-                value = getattr(value, part)
-            raise UserError(f"--{name.replace('_', '-')} {_shown(value)} {rule}")
+    for rules in (optim_rules, train_rules, _own_rules):
+        refuse(config, rules(config))
     size, parts = config.optim.batch_size, config.train.accumulate * world
     if size % parts:
         raise UserError(f"--optim.batch-size {size} cannot be divided among {world} processes x --train.accumulate {config.train.accumulate} micro-batches; take a multiple of {parts}")
@@ -247,7 +243,7 @@ def mixes(config: FinetuneConfig) -> bool:
     return config.augment.mixup > 0 or config.augment.cutmix > 0
 
 
-def _check_own(config: FinetuneConfig):
+def _own_rules(config: FinetuneConfig):
     a, m, o, t = config.augment, config.method, config.optim, config.train
     yield "method.img_size", m.img_size is None or m.img_size > 0, "must be positive"
     for name, value in (("method.drop_path", m.drop_path), ("augment.smoothing", a.smoothing)):
@@ -469,7 +465,7 @@ def finetune(config: FinetuneConfig, encoder: nn.Module, train_images, test_imag
     A `run_dir` that holds a run of the same config is gone on with from its last checkpoint, bit for bit on a CPU; a finished one is left alone.
     Raises UserError before the first step if anything cannot work, TrainingFailed, TrainingStopped."""
     check(config, world=processes())
-    _check_labels(train_images, test_images)
+    check_labels(train_images, test_images)
     check(config, len(train_images), processes())
     accelerator = start_accelerator(config)
     folder = on_main(accelerator, lambda: _run_folder(config, run_dir, base))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'OPTIMIZERS', 'SGD_LRS', 'ADAMW_LRS', 'KINDS', 'Features', 'image_size', 'extract_features', 'RawPixels',
            'knn_predict', 'Heads', 'head_optimizer', 'head_step', 'fit_heads', 'ProbeConfig', 'linear_predict',
-           'wilson', 'ProbeResult', 'format_table', 'probe_features', 'probe_all', 'probe', 'compare', 'HalfCrops',
-           'crop_origin_probe']
+           'wilson', 'ProbeResult', 'format_table', 'check_labels', 'probe_features', 'probe_all', 'probe', 'compare',
+           'HalfCrops', 'crop_origin_probe']
 
 # %% ../../nbs/evaluation/40_probes.ipynb #9d78563a
 import logging
@@ -281,7 +281,7 @@ def format_table(rows: Sequence[ProbeResult]) -> str:
 KINDS = ("knn", "linear")
 
 
-def _check_labels(train, test) -> None:
+def check_labels(train, test) -> None:
     "UserError unless both image sets have labels and the training set has at least two classes."
     for what, images in (("training", train), ("test", test)):
         if images.labels is None:
@@ -318,7 +318,7 @@ def probe_all(encoder: nn.Module, train_images, test_images, kinds: Sequence[str
               workers: int = 0, device: str | torch.device = "cpu", amp: bool = False, progress: bool = True, config: ProbeConfig = ProbeConfig(),
               name: str = "encoder") -> list[ProbeResult]:
     "Every kind on every pool, one row each, from one pass over the images. UserError without labels, with a single class, or with different classes in the two sets."
-    _check_labels(train_images, test_images)
+    check_labels(train_images, test_images)
     reading = dict(img_size=img_size, pools=pools, batch_size=batch_size, workers=workers, device=device, amp=amp, progress=progress)
     train, test = (extract_features(encoder, images, name=f"{name}: {part}", **reading) for images, part in ((train_images, "training images"), (test_images, "test images")))
     return [probe_features(train[pool], test[pool], kind, pool, name, config, device, progress) for pool in pools for kind in kinds]

@@ -18,7 +18,7 @@ from ..parts.patches import grid_size
 from ..parts.weights import UserError
 from . import cdgmae_tables, crossmae_tables, mum_tables
 from .columns import EVALUATIONS, MODELS
-from .tables import DATA, SCALES, Scale, Table, config_of, evaluations_of, rows_at, training_words
+from .tables import DATA, Scale, Table, config_of, evaluations_of, rows_at, training_words
 from ..training.config import Config
 from ..training.recipes import recipe
 

@@ -22,6 +22,7 @@ from ..parts.weights import UserError
 from .columns import EVALUATIONS, MODELS
 from .runner import beside, failure, flat
 from .tables import Evaluation, Row, Scale, Step, Table, evaluations_of, rows_at, table_steps, training_words
+from ..training.recipes import recipe
 
 # %% ../../nbs/reproduction/78_results.ipynb #170f576a
 def mean_and_half(values: list[float]) -> tuple[float, float | None]:
@@ -88,9 +89,6 @@ def differs(table: Table, scale: Scale, given: Mapping[str, Path | None]) -> str
 
 def _setting(row: Row, scale: Scale, given: Mapping[str, Path | None]) -> str:
     "Size, data and length of a row's training."
-    import shlex
-
-    from mae_repro.training.recipes import recipe
     words = training_words(row, scale, MODELS)
     m = recipe(words[0]).method
     said = lambda flag, value: next((words[i + 1] for i, w in reversed(list(enumerate(words))) if w == flag), value)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 # %% ../../nbs/reproduction/77_runner.ipynb #a8c3894e
 from ..parts.weights import UserError
-from .tables import Scale, Step
+from .tables import Step
 from ..training.checkpoints import list_checkpoints
 from ..training.pretrain import TrainingStopped, environment, write_json
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['M', 'KINDS', 'Checks', 'OptimConfig', 'TrainConfig', 'Config', 'replace_in', 'kind_name', 'config_to_dict',
-           'config_from_dict', 'validate']
+           'config_from_dict', 'from_plain', 'validate', 'refuse', 'optim_rules', 'train_rules']
 
 # %% ../../nbs/training/29_config.ipynb #c2cb0c4d
 import json
@@ -126,10 +126,11 @@ def config_from_dict(plain: dict) -> Config:
     name = plain.pop("method_name", None)
     if name not in KINDS:
         raise UserError(f"config.json: method_name {name!r} is not one of {', '.join(KINDS)}")
-    return _from_plain(Config, plain, {"method": KINDS[name]}, "config.json")
+    return from_plain(Config, plain, {"method": KINDS[name]}, "config.json")
 
 
-def _from_plain(kind: type, plain: Any, known: dict[str, type], where: str):
+def from_plain(kind: type, plain: Any, known: dict[str, type], where: str):
+    "A frozen dataclass `kind` from plain values, fields in `known` of other types than declared; UserError that names the field in `where`."
     if not isinstance(plain, dict):
         raise UserError(f"{where} must hold fields, not {plain!r}")
     hints, names = typing.get_type_hints(kind), {f.name for f in fields(kind)}
@@ -144,7 +145,7 @@ def _from_plain(kind: type, plain: Any, known: dict[str, type], where: str):
 def _value(hint: Any, value: Any, where: str):
     "JSON knows no tuples, paths or integers among floats: give `value` the type that the field declares."
     if is_dataclass(hint):
-        return _from_plain(hint, value, {}, where)
+        return from_plain(hint, value, {}, where)
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
@@ -165,13 +166,8 @@ def validate(config: Config, num_images: int | None = None, processes: int = 1) 
     """UserError naming the first field that cannot work, as typed on the command line, and what to do about it.
 
     num_images: samples in an epoch, if known (to check the batch); processes: how many train together."""
-    for check in (_check_method, _check_optim, _check_train, _check_data):
-        for name, ok, rule in check(config):
-            if not ok:
-                value = config
-                for part in name.split("."):
-                    value = getattr(value, part)
-                raise UserError(f"--{name.replace('_', '-')} {_shown(value)} {rule}")
+    for rules in (_method_rules, optim_rules, train_rules, _data_rules):
+        refuse(config, rules(config))
     try:
         config.method.dry_run()
     except UserError:
@@ -192,18 +188,26 @@ def validate(config: Config, num_images: int | None = None, processes: int = 1) 
         raise UserError(f"--optim.batch-size {o.batch_size} is larger than the data: {num_images} samples in an epoch; {hint}")
 
 
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 Checks = typing.Iterator[tuple[str, bool, str]]
 
 
-def _check_method(config: Config) -> Checks:
+def refuse(config, rules: "Checks") -> None:
+    "UserError of the first rule (dotted name of a field, whether it holds, what is wrong) that does not hold, as the field is typed on the command line."
+    for name, ok, rule in rules:
+        if not ok:
+            value = config
+            for part in name.split("."):
+                value = getattr(value, part)
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise UserError(f"--{name.replace('_', '-')} {shown} {rule}")
+
+
+def _method_rules(config: Config) -> Checks:
     yield from ((f"method.{name}", ok, rule) for name, ok, rule in config.method.rules())
 
 
-def _check_optim(config: Config) -> Checks:
+def optim_rules(config: Config) -> Checks:
+    "Of the optimiser."
     o = config.optim
     for name in ("base_lr", "batch_size", "epochs"):
         yield f"optim.{name}", getattr(o, name) > 0, "must be positive"
@@ -215,7 +219,8 @@ def _check_optim(config: Config) -> Checks:
     yield "optim.betas", all(0 <= b < 1 for b in o.betas), "must lie in 0 <= beta < 1"
 
 
-def _check_train(config: Config) -> Checks:
+def train_rules(config: Config) -> Checks:
+    "Of how the training is run."
     import torch
     t = config.train
     for name in ("accumulate", "log_every", "save_every"):
@@ -229,7 +234,7 @@ def _check_train(config: Config) -> Checks:
     yield "train.precision", t.precision != "fp16" or (cuda and t.device in ("auto", "cuda")), "needs a CUDA GPU; use fp32 or bf16"
 
 
-def _check_data(config: Config) -> Checks:
+def _data_rules(config: Config) -> Checks:
     d, v, needed = config.data, config.views, config.method.num_views
     yield "data.workers", d.workers >= 0, "must not be negative"
     yield "data.limit", d.limit is None or d.limit > 0, "must be positive"
@@ -240,7 +245,7 @@ def _check_data(config: Config) -> Checks:
     yield "views.ratio", 0 < v.ratio[0] <= v.ratio[1], "must be two ratios of width to height, 0 < smallest <= largest"
     yield "views.source", v.source != "crop" or needed == 1, f"gives one view, and this method needs {needed}: choose crop-pair, video, bag, scene, neighbour or random-pair"
     if v.source == "scene":
-        yield from _check_scenes(config)
+        yield from _scene_rules(config)
     else:
         yield "data.mixture", not d.mixture, "are scenes: set --views.source scene"
     yield "views.gap", 1 <= v.gap[0] < v.gap[1], "must be two numbers of frames, 1 <= smallest < largest (which is not reached)"
@@ -255,7 +260,7 @@ def _check_data(config: Config) -> Checks:
     yield "views.color_jitter", 0 <= v.color_jitter < 1, "must lie in 0 <= jitter < 1"
 
 # %% ../../nbs/training/29_config.ipynb #c0ffee29
-def _check_scenes(config: Config) -> Checks:
+def _scene_rules(config: Config) -> Checks:
     d, v, method = config.data, config.views, config.method
     for name in ("per_batch", "epoch_steps", "min_frames"):
         yield f"views.{name}", getattr(v, name) > 0, "must be positive"
