@@ -1666,12 +1666,7 @@ def _reproduce(a: ReproduceArgs, tables: list, given: dict) -> int:
     from mae_repro.reproduction.tables import table_steps
     scale = a.scale or "tiny"
     home, seeds = a.out / (f"trial-{scale}" if a.trial else scale), (a.seed,) if a.seed is not None else tuple(range(a.seeds))
-    numbers = [(t, *number) for t in tables for number in table_steps(t, scale, seeds, given, home, MODELS, EVALUATIONS, a.only, a.trial)]
-    if a.columns:
-        known = dict.fromkeys(column for *_, column, _ in numbers)
-        if wrong := [c for c in a.columns if c not in known]:
-            raise UserError(f"--columns {wrong[0]}: is not a column here; there are {', '.join(known)}")
-        numbers = [n for n in numbers if n[3] in a.columns]
+    numbers = [(t, *number) for t in tables for number in table_steps(t, scale, seeds, given, home, MODELS, EVALUATIONS, a.only, a.trial, a.columns)]
     if not numbers:
         raise UserError(f"{', '.join(t.key for t in tables)}: nothing to do at scale {scale}")
     if a.script is not None:
@@ -1682,12 +1677,12 @@ def _reproduce(a: ReproduceArgs, tables: list, given: dict) -> int:
         return 0
     runner.check_data(home, given, a.data.moved)
     failed = runner.run_steps([step for *_, step in numbers], home, tuple(a.launcher.split()), a.json != "-" or sys.stderr.isatty())
-    found = [results.collect(t, scale, seeds, given, home, f"mae-repro reproduce {t.key} --scale {scale} --seeds {a.seeds}") for t in tables] if not a.trial else []
+    found = [results.collect(t, scale, seeds, given, home, f"mae-repro reproduce {t.key} --scale {scale} --seeds {a.seeds}", a.columns) for t in tables] if not a.trial else []
     for one in found:
         path = results.write_results(one, home / "tables")
         print(results.to_markdown(one) + f"\n{path}\n", file=sys.stderr if a.json == "-" else sys.stdout)
     if a.trial:
-        print(f"{len(steps) - len(failed)} of {len(steps)} commands begin as they should: {home}")
+        print(f"{len(steps) - len(failed)} of {len(steps)} commands begin as they should; {home} may be deleted")
     emit(found, a.json)
     if failed:
         print(f"mae-repro reproduce: {len(failed)} of {len(steps)} steps failed or wait for one that did; the same command tries them again", file=sys.stderr)

@@ -312,8 +312,8 @@ def test_estimates_count_trainings_once_and_grow_with_their_length():
 @pytest.mark.parametrize("words, said", [
     (["crossmae-3z"], "there is no table 'crossmae-3z'; did you mean"), (["crossmae-3c", "--only", "99"], "has no row '99'; its rows: 15, 25, 75"),
     (["crossmae-3c", "--scale", "paper"], "--data.images is missing"), (["crossmae-3c", "crossmae-3d", "--only", "25"], "name one"),
-    (["crossmae-3c", "--seeds", "0"], "--seeds 0 must be at least 1"), (["crossmae-3c", "--columns", "top"], "is not a column here; there are finetune, linear"),
-    (["mum-13", "--only", "dinov2"], "has no row 'dinov2' at scale tiny"), (["crossmae-3c", "--scale", "huge"], "huge"),
+    (["crossmae-3c", "--seeds", "0"], "--seeds 0 must be at least 1"), (["crossmae-3c", "--columns", "top"], "is not a column of crossmae-3c at scale tiny; there are finetune, linear"),
+    (["mum-13", "--only", "dinov3"], "has no row 'dinov3' at scale tiny"), (["crossmae-3c", "--scale", "huge"], "huge"),
     (["crossmae-3c", "--data.images", "nowhere-to-be-found"], "nowhere-to-be-found: is missing")])
 def test_bad_usage_is_one_clear_line(words, said, capsys, tmp_path):
     assert cli.run(["reproduce", *words, "--out", str(tmp_path / "out")]) == 2

@@ -51,13 +51,13 @@ def value_of(evaluation: Evaluation, step: Step) -> float | None:
         raise UserError(f"{step.done}: does not hold what `{step.line()}` writes ({error!r}); remove it and run again") from None
 
 
-def collect(table: Table, scale: Scale, seeds: tuple[int, ...], given: Mapping[str, Path | None], home: Path, command: str = "") -> dict:
-    """The table as plain numbers, ready for JSON: rows with title, `values` {column: {seed: number}}, `mean`, `half` (of 95 % intervals), `paper`, `failed`; and where all of it comes from."""
-    columns, rows, used = evaluations_of(table, scale, EVALUATIONS), {}, []
+def collect(table: Table, scale: Scale, seeds: tuple[int, ...], given: Mapping[str, Path | None], home: Path, command: str = "", columns: tuple[str, ...] = ()) -> dict:
+    """The table as plain numbers, ready for JSON: rows with title, `values` {column: {seed: number}}, `mean`, `half` (of 95 % intervals), `paper`, `failed`; and where all of it comes from. `columns`: these alone."""
+    columns, rows, used = columns or tuple(evaluations_of(table, scale, EVALUATIONS)), {}, []
     for row in rows_at(table, scale, MODELS):
         rows[row.key] = {"key": row.key, "title": row.title, "training": training_words(row, scale, MODELS), "values": {}, "mean": {}, "half": {}, "failed": {},
                          "paper": {c: row.paper[c] for c in columns if c in row.paper}}
-    for row, seed, column, step in table_steps(table, scale, seeds, given, home, MODELS, EVALUATIONS):
+    for row, seed, column, step in table_steps(table, scale, seeds, given, home, MODELS, EVALUATIONS, columns=columns):
         found, number = rows[row.key], value_of(EVALUATIONS[column], step)
         if number is not None:
             found["values"].setdefault(column, {})[str(seed)] = number

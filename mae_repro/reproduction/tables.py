@@ -260,18 +260,20 @@ def trial_words(words: list[str]) -> list[str]:
 
 # %% ../../nbs/reproduction/71_tables.ipynb #a6e0de3f
 def table_steps(table: Table, scale: Scale, seeds: tuple[int, ...], given: Mapping[str, Path | None], home: Path, models: Mapping[str, Mapping[Scale, str]], evaluations: Mapping[str, Evaluation],
-                only: tuple[str, ...] = (), trial: bool = False) -> Iterator[tuple[Row, int, str, Step]]:
-    "(row, seed, column, step) of every number of a table; `trial`: with words that cut each short. UserError: an unknown row, or data that is missing."
+                only: tuple[str, ...] = (), trial: bool = False, columns: tuple[str, ...] = ()) -> Iterator[tuple[Row, int, str, Step]]:
+    "(row, seed, column, step) of every number of a table; `trial`: with words that cut each short. `only`, `columns`: these rows and columns alone. UserError: an unknown row or column, or data that is missing."
     for key in only:
         if table.row(key) not in rows_at(table, scale, models):
             raise UserError(f"{table.key} has no row {key!r} at scale {scale}")
+    if wrong := [c for c in columns if c not in evaluations_of(table, scale, evaluations)]:
+        raise UserError(f"--columns {wrong[0]}: is not a column of {table.key} at scale {scale}; there are {', '.join(evaluations_of(table, scale, evaluations))}")
     for seed in seeds:
         for row in rows_at(table, scale, models):
             if only and row.key not in only:
                 continue
             words, train = training_words(row, scale, models), None
             encoder = None if row.encoder is None else words_at(row.encoder, scale)
-            for key in evaluations_of(table, scale, evaluations):
+            for key in columns or evaluations_of(table, scale, evaluations):
                 evaluation, about = evaluations[key], f"{table.key}, {row.title}, seed {seed}, {evaluations[key].title}"
                 names = {name: shlex.join(words_at(value, scale) or []) for name, value in row.names.items()} | ({"recipe": shlex.join(words)} if words else {}) | ({"encoder": shlex.join(encoder)} if encoder else {})
                 if evaluation.trains and not encoder and train is None and words:
