@@ -42,7 +42,7 @@ WELCOME = """mae-repro: masked autoencoders over one image or many views
   mae-repro cost mum-large --plan                  what a training would take, before it starts
   mae-repro reproduce                              tables of the papers: what each costs here, and to make them again
 
-More: resume, dense, pose, inspect, export, benchmark, views (train, make, score, filter, convert, verify, render, show).
+More: resume, dense, pose, inspect, export, benchmark, ledger, views (train, make, score, filter, convert, verify, render, show).
 `mae-repro COMMAND --help` explains each; the notebooks in nbs/ explain why."""
 
 # %% ../nbs/80_cli.ipynb #973c823b
@@ -1640,14 +1640,14 @@ def _list_tables(a: ReproduceArgs, given: dict) -> int:
     from mae_repro.reproduction.catalogue import TABLES, estimate, machine_speed
     from mae_repro.reproduction.tables import SCALES
     device = _device("auto").type
-    speed, scales, rows = machine_speed(device), (a.scale,) if a.scale else SCALES, []
+    speed, scales, rows, width = machine_speed(device), (a.scale,) if a.scale else SCALES, [], max(map(len, TABLES))
     out = sys.stderr if a.json == "-" else sys.stdout
-    print(f"one seed on this machine ({'GPU' if device == 'cuda' else 'CPU'}, {speed / 1e12:.2f} Tflop/s in training); rows that tables share are counted in each\n\n"
-          f"{'table':13} rows  " + "  ".join(f"{scale:>19}" for scale in scales), file=out, flush=True)
+    print(f"one seed on this machine ({'GPU' if device == 'cuda' else 'CPU'}, {speed / 1e12:.2f} Tflop/s in training); rows that tables share are counted in each; tiny: on built-in data unless folders are given\n\n"
+          f"{'table':{width}} rows  " + "  ".join(f"{scale:>19}" for scale in scales), file=out, flush=True)
     for t in TABLES.values():
         costs = {scale: estimate(t, scale, speed, given) for scale in scales}
         rows.append({"table": t.key, "title": t.title, "source": t.source, "rows": len(t.rows), "cost": costs})
-        print(f"{t.key:13} {len(t.rows):4}  " + "  ".join(f"{_hours(c.hours):>9} {c.bytes / 2 ** 30:6,.1f} GB" for c in costs.values()) + f"  {t.title} ({t.source})", file=out, flush=True)
+        print(f"{t.key:{width}} {len(t.rows):4}  " + "  ".join(f"{_hours(c.hours):>9} {c.bytes / 2 ** 30:6,.1f} GB" for c in costs.values()) + f"  {t.title} ({t.source})", file=out, flush=True)
     print("\nmae-repro reproduce TABLE --dry-run prints the commands; --scale small or paper needs data (--data.images DIR ...)", file=out)
     emit(rows, a.json)
     return 0

@@ -44,7 +44,7 @@ def machine_speed(device: str = "cpu", rounds: int = 3) -> float:
     return 3e9 * forward_gflops(method)["total"] * batch / statistics.median(step() for _ in range(rounds))
 
 # %% ../../nbs/reproduction/76_catalogue.ipynb #3421bbdb
-_SAMPLES = {"digits": 1442}  # what an epoch has where built-in data stands in
+_BUILT_IN = {"{images}": lambda source: 1442, "{painted}": lambda source: 5 if source == "bag" else 25}  # samples where nothing is given
 _START = 7.  # seconds that a process takes to begin
 _MADE = 45.  # and to make a set of data
 
@@ -61,7 +61,8 @@ class Estimate:
 def training_seconds(words: list[str], given: Mapping[str, Path | None], speed: float) -> float:
     "Seconds of a training."
     config = config_of(tuple(words))
-    samples = _SAMPLES["digits"] if "{images}" in words and not given.get("images") and config.recipe.endswith("-tiny") else config.data.limit
+    built_in = next((n for n in _BUILT_IN if n in words and not given.get(n.strip("{}")) and config.recipe.endswith("-tiny")), None)
+    samples = _BUILT_IN[built_in](config.views.source) if built_in else config.data.limit
     if config.views.source == "scene":
         samples = None
     elif samples is None and config.recipe.startswith("croco"):
