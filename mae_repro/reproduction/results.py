@@ -178,7 +178,7 @@ def table_figure(found: dict) -> plt.Figure:
             top.tick_params(labelsize=8)
             top.set_xlabel("paper", color="C3", fontsize=8)
     axes[0, 0].set_yticks(range(len(found["rows"])), [r["title"] for r in found["rows"]], fontsize=8)
-    axes[0, 0].invert_yaxis()
+    axes[0, 0].set_ylim(len(found["rows"]) - .5, -.5)
     return figure
 
 
