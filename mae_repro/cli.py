@@ -328,6 +328,8 @@ class ProbeArgs:
     "Size at which images are shown; by default the one the encoder was trained at."
     controls: bool = True
     "Also probe the untrained encoder and raw pixels."
+    untrained: bool = False
+    "The same architecture with its initial weights (of --seed) in place of the encoder."
     batch_size: int = 128
     workers: int = 0
     "Processes that load images."
@@ -349,7 +351,7 @@ def probe(args: list[str]) -> int:
     if a.optimizer is not None and a.kind != "linear":
         raise UserError(f"--optimizer {a.optimizer} is of --kind linear: leave it out with --kind {a.kind}")
     device = _device(a.device)
-    encoder = open_encoder(a.encoder).to(device)
+    encoder = open_encoder(a.encoder, pretrained=not a.untrained, seed=a.seed).to(device)
     patch = encoder_patch_size(encoder)
     if a.pool != "mean" and not encoder.num_prefix_tokens:
         raise UserError(f"--pool {a.pool}: this encoder has no class token; use --pool mean")
@@ -367,7 +369,8 @@ def probe(args: list[str]) -> int:
         rows = probes.compare(encoder, train, test, untrained, (a.kind,), (a.pool,), **options)
     else:
         rows = probes.probe_all(encoder, train, test, (a.kind,), (a.pool,), **options)
-    emit(rows, a.json, f"{len(train)} training and {len(test)} test images of {a.data.root}\n{probes.format_table(rows)}")
+    about = f"{len(train)} training and {len(test)} test images of {a.data.root}" + "; encoder: its first weights" * a.untrained
+    emit(rows, a.json, f"{about}\n{probes.format_table(rows)}")
     return 0
 
 
