@@ -45,7 +45,7 @@ def trained(folder, tmp_path_factory):
 def test_without_arguments(capsys):
     assert run([]) == 0
     out = capsys.readouterr().out
-    assert out.strip() == WELCOME and sum(line.startswith("  mae-repro") for line in out.splitlines()) == 10
+    assert out.strip() == WELCOME and sum(line.startswith("  mae-repro") for line in out.splitlines()) == 11
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -332,3 +332,14 @@ def test_propagate_after_a_mistake_and_for_more_pictures(trained, rendered, tmp_
     assert run([*args, "--img-size", "32", "48"]) == 0 and not list((tmp_path / "o").rglob("*.gif"))
     assert run([*args, "--img-size", "32", "48", "--save", "gif", "strip"]) == 0 and list((tmp_path / "o").rglob("*.gif"))
     assert run(["propagate", "copy-first", "--task", "davis", "--data.root", str(rendered / "davis"), "--untrained", "--out", str(tmp_path / "p")]) == 2
+
+
+def test_probe_of_first_weights(capsys, tmp_path):
+    "--untrained takes the encoder's first weights: another accuracy, the one that the controls give."
+    found = {}
+    for flags in ((), ("--untrained",)):
+        assert run(["probe", "mae-tiny", "--kind", "knn", "--data.root", "digits", "--data.limit", "100", "--data.test-limit", "60", "--json", str(tmp_path / "out.json"), *flags]) == 0
+        found[flags] = {row["encoder"]: row["accuracy"] for row in json.loads((tmp_path / "out.json").read_text())}
+    first, trained = found[("--untrained",)], found[()]
+    assert first["encoder"] == first["untrained"] == trained["untrained"] != trained["encoder"]
+    assert "first weights" in capsys.readouterr().out
