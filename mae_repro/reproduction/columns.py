@@ -16,19 +16,16 @@ _IMAGENET_400 = "--data.root {images} --optim.epochs 400 --optim.warmup-epochs 2
 # MAE on the samples of another model: same size, one view of each
 _ONE_VIEW = "--method.img-size 64 --method.patch-size 8 --views.scale .5 1 --optim.base-lr 8e-3"
 _ONE_FRAME = f"{_ONE_VIEW} --views.source scene --views.joint True --views.per-batch 32 --views.epoch-steps 50 --optim.batch-size 64 --method.decoder-depth 4"
+_SIZES = (("s", "--method.embed-dim 64", "--method.depth 6", "vits16"), ("b", "", "", "vitb16"),
+          ("l", "--method.embed-dim 192 --method.depth 6", "--method.embed-dim 384 --method.num-heads 6", "vitl16"),
+          ("h", "--method.embed-dim 256 --method.depth 8", "--method.embed-dim 512 --method.num-heads 8", "vith14"))
 
 MODELS: dict[str, dict[Scale, str]] = {
     "mae": {"tiny": f"mae-tiny {_PHOTOS}", "small": "mae-small --data.root {images}", "paper": f"mae-vitb16 {_IMAGENET_400}"},
     "crossmae": {"tiny": f"crossmae-tiny {_PHOTOS}", "small": "crossmae-small --data.root {images}", "paper": f"crossmae-vitb16 {_IMAGENET_400}"},
     # CrossMAE's Table 1 compares sizes, trained for 800 epochs; the tiny ones are narrower or deeper than the default
-    **{f"mae-{size}": {"tiny": f"mae-tiny {_PHOTOS} {tiny}", "small": f"mae-small --data.root {{images}} {small}", "paper": f"mae-{paper} --data.root {{images}}"}
-       for size, tiny, small, paper in (("s", "--method.embed-dim 64", "--method.depth 6", "vits16"), ("b", "", "", "vitb16"),
-                                        ("l", "--method.embed-dim 192 --method.depth 6", "--method.embed-dim 384 --method.num-heads 6", "vitl16"),
-                                        ("h", "--method.embed-dim 256 --method.depth 8", "--method.embed-dim 512 --method.num-heads 8", "vith14"))},
-    **{f"crossmae-{size}": {"tiny": f"crossmae-tiny {_PHOTOS} {tiny}", "small": f"crossmae-small --data.root {{images}} {small}", "paper": f"crossmae-{paper} --data.root {{images}}"}
-       for size, tiny, small, paper in (("s", "--method.embed-dim 64", "--method.depth 6", "vits16"), ("b", "", "", "vitb16"),
-                                        ("l", "--method.embed-dim 192 --method.depth 6", "--method.embed-dim 384 --method.num-heads 6", "vitl16"),
-                                        ("h", "--method.embed-dim 256 --method.depth 8", "--method.embed-dim 512 --method.num-heads 8", "vith14"))},
+    **{f"{kind}-{size}": {"tiny": f"{kind}-tiny {_PHOTOS} {tiny}", "small": f"{kind}-small --data.root {{images}} {small}", "paper": f"{kind}-{paper} --data.root {{images}}"}
+       for kind in ("mae", "crossmae") for size, tiny, small, paper in _SIZES},
     "mae-crops": {"tiny": f"mae-tiny {_ONE_VIEW} --optim.batch-size 32 --data.root {{photos}} {_PAIRS}", "small": "mae-small --method.img-size 96 --method.patch-size 8 --data.root {photos}",
                   "paper": "mae-vits16 --data.root {photos}"},
     "siammae": {"tiny": f"siammae-tiny --data.root {{videos}} {_PAIRS}", "small": "siammae-small --data.root {videos}", "paper": "siammae-vits16 --data.root {videos}"},
