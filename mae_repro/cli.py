@@ -1699,7 +1699,7 @@ def _write_script(a: ReproduceArgs, numbers: list, scale: str) -> int:
     from mae_repro.parts.weights import UserError
     from mae_repro.reproduction.runner import job_script
     kept = [word for name, folder in vars(a.data).items() if name != "moved" and folder is not None for word in (f"--data.{name}", str(folder.resolve()))]
-    kept += ["--out", str(a.out.resolve()), *(("--launcher", a.launcher) if a.launcher else ()), *(("--trial",) if a.trial else ())]
+    kept += [*(("--columns", *a.columns) if a.columns else ()), "--out", str(a.out.resolve()), *(("--launcher", a.launcher) if a.launcher else ()), *(("--trial",) if a.trial else ())]
     jobs = dict.fromkeys((t.key, row.key, seed) for t, row, seed, _, _ in numbers)
     lines = [shlex.join(["mae-repro", "reproduce", key, "--scale", scale, "--only", row, "--seed", str(seed), *kept]) for key, row, seed in jobs]
     try:

@@ -327,9 +327,9 @@ def test_dry_run_prints_commands_and_leaves_nothing(tmp_path, capsys):
 
 
 def test_a_script_has_a_job_for_each_row_and_seed(tmp_path, capsys):
-    assert cli.run(["reproduce", "crossmae-3c", "--seeds", "2", "--script", str(tmp_path / "jobs.sh"), "--out", str(tmp_path / "out")]) == 0
+    assert cli.run(["reproduce", "crossmae-3c", "--seeds", "2", "--script", str(tmp_path / "jobs.sh"), "--out", str(tmp_path / "out"), "--columns", "linear"]) == 0
     jobs = [line for line in (tmp_path / "jobs.sh").read_text().splitlines() if line.startswith("  'mae-repro reproduce")]
-    assert len(jobs) == 6 and "--only 25 --seed 1" in jobs[4] and shlex.split(shlex.split(jobs[4])[0])[:3] == ["mae-repro", "reproduce", "crossmae-3c"]
+    assert len(jobs) == 6 and "--only 25 --seed 1" in jobs[4] and all("--columns linear" in job for job in jobs) and shlex.split(shlex.split(jobs[4])[0])[:3] == ["mae-repro", "reproduce", "crossmae-3c"]
 
 
 def test_a_table_from_its_command_to_its_page(tmp_path):
