@@ -70,7 +70,12 @@ class Recorder(TorchFunctionMode):
         name, kwargs = func.__name__, kwargs or {}
         if name == "scaled_dot_product_attention":
             return self._attention(*args[:3])
-        out = torch.empty_like(args[0]) if name in ("layer_norm", "gelu") else func(*args, **kwargs)  # their meta kernels are slow
+        if name in ("layer_norm", "gelu"):  # meta kernels of these three are slow, their shapes are known
+            out = torch.empty_like(args[0])
+        elif name == "linear":
+            out = args[0].new_empty(*args[0].shape[:-1], args[1].shape[0])
+        else:
+            out = func(*args, **kwargs)
         if name in _KINDS:
             self.calls.append((self.running[-1], _KINDS[name], _operations(name, args, out)))
         if name in _KINDS or name in ("gelu", "square"):
@@ -97,15 +102,20 @@ def _masks(model: MaskedAutoencoder, num_views: int) -> Masks:
     return model.masking(torch.zeros(1, num_views, gh * gw, device="cpu"), (gh, gw)).to("meta")  # not drawn: nobody's random numbers change
 
 
-@functools.lru_cache(maxsize=64)  # configs are frozen
+@functools.lru_cache(maxsize=512)  # configs are frozen
+def _without_numbers(config: ModelConfig) -> MaskedAutoencoder:
+    "The model on the meta device; nobody changes it."
+    with torch.device("meta"):
+        return config.build()
+
+
+@functools.lru_cache(maxsize=512)
 def record(config: ModelConfig, as_built: bool = True, num_views: int | None = None) -> Recorder:
     """The forward pass of one sample in pre-training, on the meta device. ValueError for sizes that do not fit.
 
     as_built: what this code computes. Otherwise what the authors' code computes: it embeds all patches before it hides any, applies the decoder's last norm and head to
     all places that its blocks give out, and runs encoder blocks whose feature map nobody reads."""
-    with torch.device("meta"):
-        model = config.build()
-    num_views = num_views or config.num_views
+    model, num_views = _without_numbers(config), num_views or config.num_views
     with torch.device("meta"), torch.no_grad(), Recorder(model) as seen:
         views = torch.empty(1, num_views, 3, *model.encoder.img_size)
         model.reconstruct(views, _masks(model, num_views))
@@ -152,8 +162,7 @@ def forward_gflops(config: ModelConfig) -> dict[str, float]:
 # %% ../../nbs/analysis/53_cost.ipynb #07e9ea6e
 def count_parameters(config: ModelConfig) -> dict[str, int]:
     "Parameters: total (position tables and frozen blocks included), trainable, encoder and decoder (both without tables)."
-    with torch.device("meta"):
-        model = config.build()
+    model = _without_numbers(config)
     count = lambda module: sum(p.numel() for p in module.parameters())
     tables = sum(buffer.numel() for name, buffer in model.named_buffers() if name.endswith("pos_embed"))
     return {"total": count(model) + tables, "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -162,8 +171,7 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 # %% ../../nbs/analysis/53_cost.ipynb #1538937e
 def tokens_per_view(config: ModelConfig) -> list[dict[str, int]]:
     "For each view of a sample: its patches, those that the encoder sees, the cls tokens it sees besides, and the patches that are predicted."
-    with torch.device("meta"):
-        model = config.build()
+    model = _without_numbers(config)
     masks, prefix = _masks(model, config.num_views), model.encoder.num_prefix_tokens
     return [{"patches": masks.hidden.shape[-1], "visible": seen.shape[2], "cls": prefix, "predicted": predicted.shape[2]}
             for seen, predicted in zip(masks.visible, masks.predicted) for _ in range(seen.shape[1])]
