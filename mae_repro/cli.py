@@ -1577,6 +1577,10 @@ class TablesData:
     "Bags of an image and its generated views."
     painted: Path | None = None
     "tiny: bags for the rows that ask for painted views."
+    bags8: Path | None = None
+    "Bags with eight generated views."
+    painted8: Path | None = None
+    "tiny: the same, for the row that asks for painted views."
     scenes: Path | None = None
     "Scenes to train on: folders of pictures."
     posed: Path | None = None

@@ -102,6 +102,14 @@ def test_the_commands_of_all_columns_are_understood(scale, monkeypatch):
                 cli.parse(cli.FinetuneArgs[tuning.FinetuneConfig], rest, "finetune", cli.FinetuneArgs(tuning.RECIPES[name or "vitb16"]()))
     assert len(seen) > 5
 
+
+def test_built_in_pictures_are_enough_for_every_source(capsys):
+    "There are five built-in photographs: a source that needs more neighbours than that is found here."
+    commands = {row.key: step.command for row, _, _, step in steps_of("cdgmae-1", trial=True) if "{painted}" not in str(row.names)}
+    assert "neighbour" in commands and len(commands) == 5
+    for key, command in commands.items():
+        assert cli.run([*command, "--img-size", "64"]) == 0, (key, capsys.readouterr().err)
+
 # ---------------------------------------------------------------- steps
 
 def test_tables_share_the_training_of_a_row_that_is_the_same():
@@ -314,6 +322,7 @@ def test_estimates_count_trainings_once_and_grow_with_their_length():
     (["crossmae-3c", "--scale", "paper"], "--data.images is missing"), (["crossmae-3c", "crossmae-3d", "--only", "25"], "name one"),
     (["crossmae-3c", "--seeds", "0"], "--seeds 0 must be at least 1"), (["crossmae-3c", "--columns", "top"], "is not a column of crossmae-3c at scale tiny; there are finetune, linear"),
     (["mum-13", "--only", "dinov3"], "has no row 'dinov3' at scale tiny"), (["crossmae-3c", "--scale", "huge"], "huge"),
+    (["cdgmae-6"], "what this table of CDG-MAE holds is not known here; of that paper there are cdgmae-1,"),
     (["crossmae-3c", "--data.images", "nowhere-to-be-found"], "nowhere-to-be-found: is missing")])
 def test_bad_usage_is_one_clear_line(words, said, capsys, tmp_path):
     assert cli.run(["reproduce", *words, "--out", str(tmp_path / "out")]) == 2

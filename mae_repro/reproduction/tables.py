@@ -104,6 +104,8 @@ DATA: dict[str, Data] = {
     "videos": Data("videos, or folders of frames (Kinetics-400)", built_in=""),
     "bags": Data("bags of an image and its generated views (mae-repro views make)", built_in=""),
     "painted": Data("bags whose views a small model paints of the built-in photographs", made_by="views make --generator sldm-tiny --guidance 3 --format folders --out {made}"),
+    "bags8": Data("bags with eight generated views of an image (mae-repro views make --num-views 8)"),
+    "painted8": Data("bags of eight views that a small model paints of the built-in photographs", made_by="views make --generator sldm-tiny --guidance 3 --num-views 8 --format folders --out {made}"),
     "scenes": Data("scenes: folders of pictures (see data/README.md)", built_in=""),
     "posed": Data("scenes with cameras.json and depth", made_by="views render --layout scene --still --num 60 --frames 8 --img-size 96 96 --seed 1 --out {made}"),
     "davis": Data("DAVIS-2017", made_by="views render --layout davis --num 8 --frames 20 --img-size 160 288 --seed 1 --out {made}"),
@@ -160,7 +162,7 @@ def config_of(words: tuple[str, ...]) -> Config:
 class Step:
     """A command of `mae-repro` (as words), the `place` it fills, the file `done`, and steps that must be done `before`.
 
-    kind: data, train or evaluate; `about`: for people; `row`, `seed` and `column` that asked for it first."""
+    kind: data, train or evaluate; `about`: what it is for, said to people."""
     kind: Literal["data", "train", "evaluate"]
     command: tuple[str, ...]
     place: Path
