@@ -1,16 +1,26 @@
 "Rules of the parts that hold for every method: masks, encoders on visible tokens, decoders, targets, display."
+import errno
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+
 import pytest
 import torch
 from torch import nn
 
 from mae_repro.methods.crossmae import CrossMAE
 from mae_repro.methods.mae import MAE, PUBLISHED_SIZES
+from mae_repro.parts import weights
 from mae_repro.parts.attention import Attention, CrossAttention, merge_heads
 from mae_repro.parts.decoders import MapMix, map_numbers
 from mae_repro.parts.encoder import SIZES, Encoder, encode_views
 from mae_repro.parts.masking import BlockMasking, GridMasking, Masks, RandomMasking, keep_and_predict
 from mae_repro.parts.model import PixelTarget, paint
 from mae_repro.parts.patches import normalise, patchify, unpatchify
+from mae_repro.parts.weights import file_lock
 
 TINY = dict(embed_dim=48, depth=3, num_heads=4, decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=4)
 CONFIGS = {"mae": MAE(img_size=32, patch_size=8, **TINY), "mae with mixing": MAE(img_size=32, patch_size=8, **TINY, inter_block=True),
@@ -262,3 +272,67 @@ def test_compiled_model_is_the_same(mix):
     torch._dynamo.reset()
     model.reconstruct = torch.compile(model.reconstruct, backend="aot_eager")
     torch.testing.assert_close(model(views, noise=noise).pred, expected.pred, atol=1e-5, rtol=0)
+
+
+# a file that one process holds
+
+HOLDER = "import sys; from mae_repro.parts.weights import file_lock\nwith file_lock(sys.argv[1]) as held: print(held, flush=True); sys.stdin.read()"
+
+
+def test_a_lock_is_of_one_process_and_goes_with_it(tmp_path, capsys):
+    path = tmp_path / "lock"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "True\n"
+        with file_lock(path) as held:
+            assert held is False
+        later = threading.Timer(.5, other.kill)
+        later.start()
+        with file_lock(path, wait=True, waiting="one moment") as held:
+            assert held is True and not later.is_alive()
+        assert capsys.readouterr().err == "one moment\n"
+    with file_lock(path) as held:
+        assert held is True
+
+
+def test_a_lock_is_of_one_thread(tmp_path):
+    path, order = tmp_path / "lock", []
+
+    def second():
+        with file_lock(tmp_path / "." / "lock", wait=True) as held:
+            order.append(("second", held))
+    with file_lock(path) as held, file_lock(path) as again:
+        assert held is True and again is False
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(.3)
+        order.append(("first", held))
+    thread.join()
+    assert order == [("first", True), ("second", True)]
+
+
+def _sleep_and_say(pipe):
+    pipe.recv()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_child_does_not_keep_its_parents_lock(tmp_path):
+    ours, theirs = multiprocessing.Pipe()
+    with file_lock(tmp_path / "lock"):
+        child = multiprocessing.get_context("fork").Process(target=_sleep_and_say, args=(theirs,))
+        child.start()
+    look = subprocess.run([sys.executable, "-c", HOLDER, tmp_path / "lock"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert child.is_alive() and look.stdout == "True\n"
+    ours.send(1)
+    child.join()
+
+
+def test_a_disk_without_locks_lets_everybody_pass(tmp_path, monkeypatch, caplog):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(weights.fcntl, "lockf", refuse)
+    with caplog.at_level(logging.WARNING), file_lock(tmp_path / "lock") as held:
+        assert held is None and "No locks available" in caplog.text
+    monkeypatch.setattr(weights, "fcntl", None)
+    with file_lock(tmp_path / "lock") as held:
+        assert held is None

@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/training/33_pretrain.ipynb #fc25ea16
 from ..parts.patches import normalise
-from ..parts.weights import UserError
+from ..parts.weights import UserError, file_lock
 from .checkpoints import clean_aside, latest_checkpoint, save_checkpoint, write_state
 from .optimisation import adamw, parameter_groups, peak_lr, set_lr, step_lr
 from .config import Config, config_from_dict, config_to_dict, kind_name, replace_in, validate
@@ -70,14 +70,9 @@ def new_run_dir(recipe: str, base: Path | str = "runs") -> Path:
 @contextlib.contextmanager
 def run_lock(run_dir: Path):
     "Hold the run for this process; UserError if another process is training in it."
-    with open(Path(run_dir) / "lock", "a") as file:
-        try:
-            import fcntl
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:   # no such locks on Windows
-            pass
-        except OSError:
-            raise UserError(f"{run_dir} is being trained by another process; wait for it, or stop it first") from None
+    with file_lock(Path(run_dir) / "lock") as held:
+        if held is False:
+            raise UserError(f"{run_dir} is being trained by another process; wait for it, or stop it first")
         yield
 
 # %% ../../nbs/training/33_pretrain.ipynb #53a4dd8d

@@ -7,7 +7,6 @@ __all__ = ['FIGURE', 'PARTS', 'JOINTS', 'TRIES', 'TILES', 'VERSION', 'World', 'm
            'correspondences', 'warp', 'Scenes']
 
 # %% ../../nbs/views/21_scenes.ipynb #54536187
-import contextlib
 import hashlib
 import os
 import zlib
@@ -19,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 # %% ../../nbs/views/21_scenes.ipynb #735b6489
-from ..parts.weights import UserError, cache_dir
+from ..parts.weights import UserError, cache_dir, file_lock
 from .photos import BrokenImage, ImageSet, open_images
 
 # %% ../../nbs/views/21_scenes.ipynb #3d880921
@@ -498,19 +497,6 @@ def warp(image: np.ndarray, xy: np.ndarray) -> np.ndarray:
 VERSION = 2  # of the renderer: raise it when its pictures change, so that files made before are not used
 
 
-@contextlib.contextmanager
-def _lock(path: Path):
-    "Only one process at a time, and then True; where the system has no such locks everybody passes, with False."
-    with open(path, "a") as file:
-        try:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX)
-            locked = True
-        except (ImportError, OSError):
-            locked = False
-        yield locked
-
-
 class Scenes:
     """`num` rendered sequences of `num_frames` frames of `size` (H, W) or one number: `len()`, `name(i)`, `length(i)`, `frames(i, ids)`, and `scene(i)` with the truth.
 
@@ -571,9 +557,9 @@ class Scenes:
         try:
             path = self.path
             if not self._usable(path, verify):
-                with _lock(path.with_suffix(".lock")) as locked:
+                with file_lock(path.with_suffix(".lock"), wait=True) as locked:
                     if not self._usable(path, True):
-                        self._make(path, locked)
+                        self._make(path, bool(locked))
             self._map = np.memmap(path, np.uint8, "r", shape=(self.num, self.num_frames, *self.size, 3))
         except OSError as error:
             raise UserError(f"rendered scenes cannot be kept in {error.filename or self.path.parent} ({error.strerror or error}): "

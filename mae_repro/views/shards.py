@@ -7,7 +7,6 @@ __all__ = ['log', 'PROBLEMS', 'safe_key', 'keys_of', 'Part', 'ShardPart', 'Folde
            'verify_bags', 'format_report']
 
 # %% ../../nbs/views/36_shards.ipynb #0a0aa8c4
-import errno
 import hashlib
 import itertools
 import json
@@ -18,7 +17,7 @@ import shutil
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -26,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 # %% ../../nbs/views/36_shards.ipynb #ee1e2d8e
-from ..parts.weights import UserError
+from ..parts.weights import UserError, file_lock
 from .bags import BLOCK, Bags, bag_order, find_bags, read_shard
 from .photos import BrokenImage, is_picture, load_image, walk
 from .videos import natural
@@ -206,39 +205,6 @@ class FolderPart:
         shutil.rmtree(self.aside, ignore_errors=True)
 
 # %% ../../nbs/views/36_shards.ipynb #3191f470
-_HELD: set[tuple[int, str]] = set()  # (process, lock file): locks of the kernel do not know threads
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[bool]:
-    "Hold a lock file as long as this lasts; False if somebody has it. The kernel lets go of it when the process ends, in whatever way."
-    mine = os.getpid(), str(path.resolve())
-    if mine in _HELD:
-        yield False
-        return
-    with _disk(path):
-        file = open(path, "a")
-    with file:
-        held = True
-        try:
-            import fcntl
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # no such locks on Windows
-            pass
-        except OSError as error:
-            held = error.errno not in (errno.EACCES, errno.EAGAIN)
-            if held:
-                log.warning("%s cannot be locked (%s): let only one process write here", path, error.strerror)
-        if not held:
-            yield False
-            return
-        _HELD.add(mine)
-        try:
-            yield True
-        finally:
-            _HELD.discard(mine)
-
-
 @contextmanager
 def open_part(out: str | Path, kind: Literal["folders", "shards"], part: int) -> Iterator[Part | None]:
     """A writer for part number `part` of a work that is written to the folder `out`, or None if the part is finished or another process has it.
@@ -250,10 +216,11 @@ def open_part(out: str | Path, kind: Literal["folders", "shards"], part: int) ->
         raise ValueError(f"kind {kind!r} is unknown: choose folders or shards")
     out = Path(out).expanduser()
     final = out / f"{part:06d}.tar"
-    with _disk(out):
-        (out / ".locks").mkdir(parents=True, exist_ok=True)
-    with _lock(out / ".locks" / f"{part:06d}") as held:
-        if not held or (kind == "shards" and final.exists()):
+    with ExitStack() as stack:
+        with _disk(out):
+            (out / ".locks").mkdir(parents=True, exist_ok=True)
+            held = stack.enter_context(file_lock(out / ".locks" / f"{part:06d}"))
+        if held is False or (kind == "shards" and final.exists()):
             yield None
             return
         with _disk(out):
