@@ -10,8 +10,8 @@ __all__ = ['WELCOME', 'Json', 'C', 'VIEWS', 'VIEWS_USAGE', 'COST_USAGE', 'COMMAN
            'inspect_attention', 'InspectArgs', 'inspect', 'PhotoArgs', 'RenderArgs', 'render', 'ShowArgs', 'show',
            'train_views', 'MakeArgs', 'make', 'ConvertArgs', 'convert', 'VerifyArgs', 'verify', 'ScoreArgs', 'score',
            'FilterArgs', 'filter_views', 'views', 'ParityArgs', 'parity', 'ExportArgs', 'export', 'BenchmarkArgs',
-           'benchmark', 'CostArgs', 'cost', 'TablesData', 'ReproduceArgs', 'reproduce', 'LedgerArgs', 'ledger',
-           'DemoArgs', 'demo', 'run', 'main']
+           'benchmark', 'CostArgs', 'cost', 'ReproduceArgs', 'reproduce', 'LedgerArgs', 'ledger', 'DemoArgs', 'demo',
+           'run', 'main']
 
 # %% ../nbs/80_cli.ipynb #252fa891
 import contextlib
@@ -1565,45 +1565,13 @@ def _tokens_text(tokens: list[dict]) -> str:
 
 # %% ../nbs/80_cli.ipynb #4e900001
 @dataclass(frozen=True)
-class TablesData:
-    "Folders of data. At scale tiny, built-in or rendered data stands for whatever is not given."
-    images: Path | None = None
-    "Images with labels: ImageNet's layout, CIFAR-10, or class folders."
-    photos: Path | None = None
-    "Images, labels not needed."
-    videos: Path | None = None
-    "Videos, or folders of frames (Kinetics-400)."
-    bags: Path | None = None
-    "Bags of an image and its generated views."
-    painted: Path | None = None
-    "tiny: bags for the rows that ask for painted views."
-    bags8: Path | None = None
-    "Bags with eight generated views."
-    painted8: Path | None = None
-    "tiny: the same, for the row that asks for painted views."
-    scenes: Path | None = None
-    "Scenes to train on: folders of pictures."
-    posed: Path | None = None
-    "Scenes with cameras.json and depth, for matching, pose, depth, normals and segmentation."
-    davis: Path | None = None
-    vip: Path | None = None
-    jhmdb: Path | None = None
-    megadepth: Path | None = None
-    scannet: Path | None = None
-    nyu: Path | None = None
-    ade20k: Path | None = None
-    moved: bool = False
-    "The same data as before, in other places."
-
-
-@dataclass(frozen=True)
-class ReproduceArgs:
+class ReproduceArgs(Generic[C]):
     """Make a table of a paper again: train its rows, evaluate its columns, print the paper's number beside ours. Without a TABLE: all tables, with hours and storage on this machine.
 
     What is finished is never done again: the same command goes on after an interruption, and tables share rows. Results: OUT/SCALE/tables/TABLE.md, .csv, .json, .png."""
+    data: C
     tables: Annotated[Positional[tuple[str, ...]], arg(metavar="TABLE")] = ()
     "Names such as crossmae-3c."
-    data: TablesData = field(default_factory=TablesData)
     scale: Literal["tiny", "small", "paper"] | None = None
     "tiny: two CPU cores; small: one GPU; paper: as published. By default tiny; the list of tables shows all three."
     only: tuple[str, ...] = ()
@@ -1630,7 +1598,8 @@ class ReproduceArgs:
 def reproduce(args: list[str]) -> int:
     from mae_repro.parts.weights import UserError
     from mae_repro.reproduction.catalogue import table
-    a = parse(ReproduceArgs, args, "mae-repro reproduce")
+    from mae_repro.reproduction.tables import Folders
+    a = parse(ReproduceArgs[Folders], args, "mae-repro reproduce")
     given = {name: folder for name, folder in vars(a.data).items() if name != "moved"}
     if a.seeds < 1 or (a.seed is not None and a.seed < 0):
         raise UserError(f"--seeds {a.seeds} must be at least 1, and --seed not negative")
