@@ -1575,9 +1575,9 @@ class ReproduceArgs(Generic[C]):
     scale: Literal["tiny", "small", "paper"] | None = None
     "tiny: two CPU cores; small: one GPU; paper: as published. By default tiny; the list of tables shows all three."
     only: tuple[str, ...] = ()
-    "Only these rows."
+    "Only these rows (a wrong one prints those there are)."
     columns: tuple[str, ...] = ()
-    "Only these columns (their keys are in the table's JSON and CSV)."
+    "Only these columns (a wrong one prints those there are)."
     seeds: int = 1
     "Seeds 0, 1, ... of each row; from two on there are intervals."
     seed: int | None = None
@@ -1588,6 +1588,8 @@ class ReproduceArgs(Generic[C]):
     "Write a script with one line for each row and seed, for bash or as a SLURM array, and run nothing."
     trial: bool = False
     "The first steps of everything, at full size: does each command find its data, build its model and begin? Results go to OUT/trial-SCALE and mean nothing."
+    options: str = ""
+    "Further words for every training: --options='--optim.batch-size 64 --optim.epochs 10'. Such a table is kept under a name of its own."
     launcher: str = ""
     "Words that start a training instead of `python`, such as 'torchrun --nproc-per-node 8'."
     out: Path = Path("runs/reproduce")
@@ -1596,19 +1598,31 @@ class ReproduceArgs(Generic[C]):
 
 
 def reproduce(args: list[str]) -> int:
+    import shlex
+    import shutil
+
     from mae_repro.parts.weights import UserError
     from mae_repro.reproduction.catalogue import table
     from mae_repro.reproduction.tables import Folders
     a = parse(ReproduceArgs[Folders], args, "mae-repro reproduce")
     given = {name: folder for name, folder in vars(a.data).items() if name != "moved"}
-    if a.seeds < 1 or (a.seed is not None and a.seed < 0):
-        raise UserError(f"--seeds {a.seeds} must be at least 1, and --seed not negative")
+    if a.seeds < 1:
+        raise UserError(f"--seeds {a.seeds} must be at least 1")
+    if a.seed is not None and not 0 <= a.seed < (a.seeds if a.seeds > 1 else a.seed + 1):
+        raise UserError(f"--seed {a.seed} " + ("must not be negative" if a.seed < 0 else f"is none of --seeds {a.seeds}: 0 to {a.seeds - 1}"))
+    for name, folder in given.items():
+        if folder is not None and not folder.expanduser().exists():
+            raise UserError(f"--data.{name} {folder}: is missing; give the folder of the data")
+    if a.launcher and not shutil.which(shlex.split(a.launcher)[0]):
+        raise UserError(f"--launcher {a.launcher}: there is no such command")
     if not a.tables:
+        if alone := [name for name, on in (("--only", a.only), ("--columns", a.columns), ("--dry-run", a.dry_run), ("--script", a.script), ("--trial", a.trial), ("--options", a.options)) if on]:
+            raise UserError(f"{alone[0]} needs a TABLE; without one all tables are listed with their cost")
         return _list_tables(a, given)
     found = [table(name) for name in a.tables]
     if a.only and len(found) > 1:
         raise UserError(f"--only {' '.join(a.only)}: rows are of one table; name one")
-    return _reproduce(a, found, given)
+    return _reproduce(a, found, given, shlex.join(["mae-repro", "reproduce", *args]))
 
 # %% ../nbs/80_cli.ipynb #4e900002
 def _list_tables(a: ReproduceArgs, given: dict) -> int:
@@ -1634,15 +1648,18 @@ def _hours(hours: float) -> str:
     return f"{60 * hours:.0f} min" if hours < 2 else f"{hours:,.0f} h"
 
 
-def _reproduce(a: ReproduceArgs, tables: list, given: dict) -> int:
+def _reproduce(a: ReproduceArgs, tables: list, given: dict, typed: str) -> int:
     "Run these tables, or say what would be run."
+    import shlex
+
     from mae_repro.parts.weights import UserError
     from mae_repro.reproduction import results, runner
     from mae_repro.reproduction.columns import EVALUATIONS, MODELS
     from mae_repro.reproduction.tables import table_steps
     scale = a.scale or "tiny"
     home, seeds = a.out / (f"trial-{scale}" if a.trial else scale), (a.seed,) if a.seed is not None else tuple(range(a.seeds))
-    numbers = [(t, *number) for t in tables for number in table_steps(t, scale, seeds, given, home, MODELS, EVALUATIONS, a.only, a.trial, a.columns)]
+    options, of = tuple(shlex.split(a.options)), dict(scale=scale, given=given, home=home)
+    numbers = [(t, *number) for t in tables for number in table_steps(t, scale, seeds, given, home, MODELS, EVALUATIONS, a.only, a.trial, a.columns, options)]
     if not numbers:
         raise UserError(f"{', '.join(t.key for t in tables)}: nothing to do at scale {scale}")
     if a.script is not None:
@@ -1651,15 +1668,19 @@ def _reproduce(a: ReproduceArgs, tables: list, given: dict) -> int:
     if a.dry_run:
         emit([step.line() for step in steps], a.json, "\n".join(step.line() + "    # done" * step.done.is_file() for step in steps))
         return 0
-    runner.check_data(home, given, a.data.moved)
-    failed = runner.run_steps([step for *_, step in numbers], home, tuple(a.launcher.split()), a.json != "-" or sys.stderr.isatty())
-    found = [results.collect(t, scale, seeds, given, home, f"mae-repro reproduce {t.key} --scale {scale} --seeds {a.seeds}", a.columns) for t in tables] if not a.trial else []
-    for one in found:
-        path = results.write_results(one, home / "tables")
-        print(results.to_markdown(one) + f"\n{path}\n", file=sys.stderr if a.json == "-" else sys.stdout)
+    runner.check_data(home, given, sorted({name for step in steps for name in step.data}), a.data.moved)
+    out = sys.stderr if a.json == "-" else sys.stdout
+    failed = runner.run_steps([step for *_, step in numbers], home, tuple(shlex.split(a.launcher)), a.json != "-" or sys.stderr.isatty())
     if a.trial:
-        print(f"{len(steps) - len(failed)} of {len(steps)} commands begin as they should; {home} may be deleted")
-    emit(found, a.json)
+        print(f"{len(steps) - len(failed)} of {len(steps)} commands begin as they should; {home} may be deleted", file=out)
+        emit([{"command": step.line(), "begins": step not in failed} for step in steps], a.json)
+    else:
+        found = [results.collect(t, seeds=seeds, command=typed, columns=a.columns, only=a.only, options=options, **of) for t in tables]
+        everything = tuple(sorted({*seeds, *results.finished_seeds(home)}))
+        for one, t in zip(found, tables):  # the files hold all that is finished, what is printed is what was asked for
+            path = results.write_results(results.collect(t, seeds=everything, command=typed, options=options, **of), home / "tables")
+            print(results.to_markdown(one) + f"\n{path}\n", file=out)
+        emit(found, a.json)
     if failed:
         print(f"mae-repro reproduce: {len(failed)} of {len(steps)} steps failed or wait for one that did; the same command tries them again", file=sys.stderr)
     return 1 if failed else 0
@@ -1671,17 +1692,19 @@ def _write_script(a: ReproduceArgs, numbers: list, scale: str) -> int:
 
     from mae_repro.parts.weights import UserError
     from mae_repro.reproduction.runner import job_script
+    python = [sys.executable, "-m", "mae_repro.cli"]  # the environment may not be active where a job runs
     kept = [word for name, folder in vars(a.data).items() if name != "moved" and folder is not None for word in (f"--data.{name}", str(folder.resolve()))]
-    kept += [*(("--columns", *a.columns) if a.columns else ()), "--out", str(a.out.resolve()), *(("--launcher", a.launcher) if a.launcher else ()), *(("--trial",) if a.trial else ())]
+    kept += [*(("--columns", *a.columns) if a.columns else ()), "--out", str(a.out.resolve()), *(("--launcher", a.launcher) if a.launcher else ()), *((f"--options={a.options}",) if a.options else ()), *(("--trial",) if a.trial else ()), *(("--data.moved",) if a.data.moved else ())]
     jobs = dict.fromkeys((t.key, row.key, seed) for t, row, seed, _, _ in numbers)
-    lines = [shlex.join(["mae-repro", "reproduce", key, "--scale", scale, "--only", row, "--seed", str(seed), *kept]) for key, row, seed in jobs]
+    lines = [shlex.join([*python, "reproduce", key, "--scale", scale, "--only", row, "--seed", str(seed), *kept]) for key, row, seed in jobs]
     try:
         a.script.parent.mkdir(parents=True, exist_ok=True)
         a.script.write_text(job_script(lines, "-".join(dict.fromkeys(t.key for t, *_ in numbers))), encoding="utf-8")
         a.script.chmod(0o755)
     except OSError as error:
         raise UserError(f"--script {a.script}: cannot be written ({error.strerror})") from None
-    print(f"{a.script}: {len(lines)} jobs; sbatch {a.script}, or bash {a.script}")
+    name = shlex.quote(str(a.script))
+    emit(lines, a.json, f"{a.script}: {len(lines)} jobs; sbatch {name}, or bash {name}")
     return 0
 
 
@@ -1699,7 +1722,10 @@ def ledger(args: list[str]) -> int:
     a = parse(LedgerArgs, args, "mae-repro ledger")
     if a.results is not None and not a.results.is_dir():
         raise UserError(f"--results {a.results}: is no folder; give OUT/SCALE/tables of mae-repro reproduce")
-    rows = judged(read_results(a.results))
+    found = read_results(a.results)
+    if not found:
+        raise UserError(f"--results {a.results}: holds no table (TABLE.json); give OUT/SCALE/tables of mae-repro reproduce")
+    rows = judged(found)
     lines = [f"{r['verdict'].upper():13}  {r['claim']} ({r['source']}{'; paper: ' + r['paper'] if r['paper'] else ''})" + (f"\n{'':15}{r['ours']}" if r["ours"] else "") for r in rows]
     count = {v: sum(r["verdict"] == v for r in rows) for v in ("holds", "does not hold", "undecided", "not run")}
     emit(rows, a.json, "\n".join([*lines, "", ", ".join(f"{n} {v}" for v, n in count.items())]))

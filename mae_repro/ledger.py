@@ -8,6 +8,7 @@ __all__ = ['Verdict', 'CLAIMS', 'read_results', 'values', 'Finding', 'judge', 'c
 
 # %% ../nbs/70_ledger.ipynb #74db4034
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,22 +16,35 @@ from typing import Literal
 
 # %% ../nbs/70_ledger.ipynb #47c0f17e
 from .parts.weights import UserError, data_dir
-from .reproduction.results import mean_and_half, paired_difference
+from .reproduction.results import mean_and_half, paired_difference, short_commit
 from .reproduction.tables import SCALES
 
 # %% ../nbs/70_ledger.ipynb #e19b1262
 def read_results(folder: Path | None = None) -> dict[str, dict]:
-    "Tables by key from the JSON files of a folder (data/results/tables), each at the largest scale there is. UserError if a file is not a table."
+    """Tables by key from the JSON files of a folder, each at the largest scale there is; tables with options of one's own are left out. UserError if a file is not a table.
+
+    Without a folder: those kept with the project (data/results/tables), and the studies beside them, by file name."""
     found: dict[str, dict] = {}
     for path in sorted((folder or data_dir() / "results/tables").glob("*.json")):
         try:
             plain = json.loads(path.read_text(encoding="utf-8"))
             key, scale = plain["table"], SCALES.index(plain["scale"])
-        except (json.JSONDecodeError, KeyError, ValueError, TypeError) as error:
+            _provenance(plain), [c["digits"] * 1 for c in plain["columns"]]
+            if not all(isinstance(x, (int, float)) and math.isfinite(x) for row in plain["rows"] for column in row["values"].values() for x in column.values()):
+                raise ValueError("a number is none")
+        except (AttributeError, KeyError, ValueError, TypeError) as error:
             raise UserError(f"{path}: is not a table that `mae-repro reproduce` wrote ({error!r})") from None
-        if key not in found or scale >= SCALES.index(found[key]["scale"]):
+        if not plain.get("options") and (key not in found or scale >= SCALES.index(found[key]["scale"])):
             found[key] = plain
+    if folder is None:
+        for path in sorted((data_dir() / "results").glob("*.json")):
+            found[path.name] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def _provenance(table: dict) -> dict:
+    made = table["made"]
+    return dict(scale=table["scale"], device=", ".join(made["devices"]), date=(made["to"] or "")[:10], commit=", ".join(map(short_commit, made["commits"])), command=table["command"])
 
 
 def values(table: dict, row: str, column: str) -> dict[str, float]:
@@ -60,24 +74,21 @@ def judge(difference: float, half: float | None, margin: float = 0.) -> Verdict:
     return "holds" if difference - half > -margin else "does not hold" if difference + half < -margin else "undecided"
 
 
-def _provenance(table: dict) -> dict:
-    made = table["made"]
-    return dict(scale=table["scale"], device=", ".join(made["devices"]), date=(made["to"] or "")[:10], commit=", ".join(c[:12] for c in made["commits"]), command=table["command"])
-
-
 def compare(table: str, column: str, a: str, b: str, margin: float = 0.) -> Callable[[dict[str, dict]], Finding]:
-    "The finding that row `a` of a table is better than row `b` in a column, or no worse than by `margin`."
+    "The finding that row `a` of a table is better than row `b` in a column, or no worse than by `margin`; over the seeds that both have."
     def test(found: dict[str, dict]) -> Finding:
         if table not in found or not (set(values(found[table], a, column)) & set(values(found[table], b, column))):
             return Finding("not run")
         t = found[table]
         about = next(c for c in t["columns"] if c["key"] == column)
         ours, theirs = values(t, a, column), values(t, b, column)
+        seeds = set(ours) & set(theirs)
         difference, half = paired_difference(ours, theirs)
-        said = lambda x: _with_half(*mean_and_half(list(x.values())), about["digits"])
-        gap = _with_half(difference, half, about["digits"])
-        text = f"{said(ours)} against {said(theirs)}, {about['title']}; difference {gap}, {len(set(ours) & set(theirs))} seed{'s' if len(set(ours) & set(theirs)) > 1 else ''}"
-        return Finding(judge(-difference if about["better"] == "lower" else difference, half, margin), text, **_provenance(t))
+        gain = -difference if about["better"] == "lower" else difference
+        said = lambda x: _with_half(*mean_and_half([x[s] for s in sorted(seeds)]), about["digits"])
+        on = f" ({about['on']})" if about.get("on") else ""
+        text = f"{said(ours)} against {said(theirs)}, {about['title']}{on}; better by {_with_half(gain, half, about['digits'])}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+        return Finding(judge(gain, half, margin), text, **_provenance(t))
     return test
 
 
@@ -86,7 +97,7 @@ def _with_half(mean: float, half: float | None, digits: int) -> str:
 
 # %% ../nbs/70_ledger.ipynb #3732ec81
 def foretells(table: str, score: str, column: str, rows: Iterable[str]) -> Callable[[dict[str, dict]], Finding]:
-    "The finding that rows with a higher `score` have a better `column`: Spearman's rank correlation over the rows, seed by seed."
+    "The finding that rows with a higher `score` have a better `column`: Spearman's rank correlation over the rows, for each seed."
     def test(found: dict[str, dict]) -> Finding:
         from scipy.stats import spearmanr
         t, kept = found.get(table), list(rows)
@@ -96,9 +107,10 @@ def foretells(table: str, score: str, column: str, rows: Iterable[str]) -> Calla
         seeds = sorted(set.intersection(*(set(n) for n in numbers.values()))) if len(kept) > 2 else []
         if not seeds:
             return Finding("not run")
-        first = lambda r: next(iter(scores[r].values()))
-        each = [float(spearmanr([first(r) for r in kept], [numbers[r][s] for r in kept]).statistic) for s in seeds]
-        text = f"rank correlation {_with_half(*mean_and_half(each), 2)} over {len(kept)} sources; " + ", ".join(f"{r} {first(r):.3f}: {_with_half(*mean_and_half(list(numbers[r].values())), 1)}" for r in kept)
+        score_of = lambda r, s: scores[r].get(s, next(iter(scores[r].values())))
+        each = [float(spearmanr([score_of(r, s) for r in kept], [numbers[r][s] for r in kept]).statistic) for s in seeds]
+        text = f"rank correlation over {len(kept)} sources {', '.join(f'{x:.2f}' for x in each)} for {len(seeds)} seeds; " + ", ".join(
+            f"{r} {score_of(r, seeds[0]):.3f}: {_with_half(*mean_and_half(list(numbers[r].values())), 1)}" for r in kept)
         return Finding(judge(*mean_and_half(each)), text, **_provenance(t))
     return test
 
@@ -149,26 +161,21 @@ def _mum_parameters() -> tuple[str, bool]:
     return f"{total:,}", total == 389_534_464
 
 # %% ../nbs/70_ledger.ipynb #3d7e0dd2
-def _study(name: str) -> dict | None:
-    path = data_dir() / "results" / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
 def _mask_tokens_read(found: dict[str, dict]) -> Finding:
     "In every decoder block a mask token reads a visible token more than another mask token."
-    study = _study("attention.json")
+    study = found.get("attention.json")
     if study is None:
         return Finding("not run")
     rows, about = study["rows"], study["about"]
     unit = {side: sum(r["heads"] * r[f"per_pair_{side}"][0] for r in rows) for side in ("visible", "mask")}
     held = [r["per_pair_visible"][1] > r["per_pair_mask"][2] for r in rows]
     text = f"{unit['visible']:.3f} against {unit['mask']:.3f}, summed over {sum(r['heads'] for r in rows)} maps; more in {sum(held)} of {len(rows)} blocks ({rows[0]['images']:,} images)"
-    return Finding("holds" if all(held) else "does not hold", text, "tiny", about["device"], about["date"], about["commit"][:12], about["command"])
+    return Finding("holds" if all(held) else "does not hold", text, "tiny", about["device"], about["date"], short_commit(about["commit"]), about["command"])
 
 
 def _order_of_sources(found: dict[str, dict]) -> Finding:
-    "NPS of real pairs in the order identical, video, generated, neighbour, random, for every encoder measured."
-    study = _study("consistency.json")
+    "NPS of real pairs in the order video, generated, neighbour, random, for every encoder measured."
+    study = found.get("consistency.json")
     if study is None:
         return Finding("not run")
     order, held = ("video", "bag", "neighbour", "random-pair"), []
@@ -176,20 +183,7 @@ def _order_of_sources(found: dict[str, dict]) -> Finding:
         nps = {row["kind"]: row["scores"]["nps"] for row in run["rows"]}
         held.append(all(nps[a] > nps[b] for a, b in zip(order, order[1:])))
     text = f"video > generated > neighbours > random for {sum(held)} of {len(held)} encoders, trained and untrained"
-    return Finding("holds" if all(held) else "does not hold", text, "tiny", study["device"], study["date"], study["commit"][:12], study["runs"][0]["command"])
-
-
-def _mum_against(other: str) -> Callable[[dict[str, dict]], Finding]:
-    "MuM's end-point error below another method's, from the study of notebook 15."
-    def test(found: dict[str, dict]) -> Finding:
-        study = _study("mum_matching.json")
-        ours, theirs = (study["epe"][k] for k in ("MuM, 2 to 8 views", other)) if study else ([], [])
-        if not theirs:
-            return Finding("not run")
-        pairs = [b - a for a, b in zip(ours, theirs)]
-        text = f"{_with_half(*mean_and_half(ours), 2)} against {_with_half(*mean_and_half(theirs), 2)} pixels; difference {_with_half(*mean_and_half(pairs), 2)}, {len(pairs)} seed{'s' if len(pairs) > 1 else ''}"
-        return Finding(judge(*mean_and_half(pairs)), text, "tiny", study["about"]["machine"], study["about"]["date"], study["about"].get("commit", ""), study["about"]["commands"][0])
-    return test
+    return Finding("holds" if all(held) else "does not hold", text, "tiny", study["device"], study["date"], short_commit(study["commit"]), study["runs"][0]["command"])
 
 # %% ../nbs/70_ledger.ipynb #94f45aa5
 CLAIMS: tuple[Claim, ...] = (
@@ -200,8 +194,9 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("equal-time", "after equal time CrossMAE is better than MAE", "CrossMAE, abstract", "83.5 against 83.3 (Table 10)", compare("crossmae-time", "linear", "crossmae-longer", "mae")),
     Claim("no-self-attention", "mask tokens need not attend to each other (at most one point worse without)", "CrossMAE, Table 3a", "83.3, 83.3", compare("crossmae-3a", "linear", "cross", "both", 1.)),
     Claim("mask-ratio", "the mask ratio matters little: 85 % is at most one point worse than 65 %", "CrossMAE, Table 3b", "83.3 against 83.5", compare("crossmae-3b", "linear", "85", "65", 1.)),
-    Claim("resolution", "larger pictures help", "CrossMAE, Table 3f", "84.6 against 83.2", compare("crossmae-3f", "finetune", "2x", "1x")),
-    Claim("mixing-in-mae", "mixing maps helps CrossMAE, and not MAE: CrossMAE is better than MAE that mixes", "CrossMAE, Table 4 (TMLR: 7)", "83.2 against 83.0", compare("crossmae-4", "linear", "crossmae-25", "mae-mix")),
+    Claim("resolution", "larger pictures help", "CrossMAE, Table 3f", "84.6 against 83.2", compare("crossmae-3f", "linear", "2x", "1x")),
+    Claim("mixing-in-mae", "mixing maps does not help MAE (at most one point)", "CrossMAE, Table 4 (TMLR: 7)", "83.0, 83.0", compare("crossmae-4", "linear", "mae", "mae-mix", 1.)),
+    Claim("mixing-without-cross", "CrossMAE is better than an MAE whose decoder reads a mix", "CrossMAE, Table 4 (TMLR: 7)", "83.2 against 83.0", compare("crossmae-4", "linear", "crossmae-25", "mae-mix")),
     Claim("projected-maps", "a linear map of each map before the mixing helps a little", "CrossMAE, Table 5 (TMLR: 9)", "83.5 against 83.3", compare("crossmae-5", "linear", "projected", "mix")),
     Claim("linear-probe", "CrossMAE is a little better by a linear probe", "CrossMAE, Table 8 (TMLR: 12)", "65.4 against 65.1 (B)", compare("crossmae-8", "linear", "crossmae-b", "mae-b")),
     Claim("grid", "random masks are no worse than a grid (at most one point)", "CrossMAE, Table 9 (TMLR: 15)", "83.3 against 83.2", compare("crossmae-9", "linear", "random", "grid", 1.)),
@@ -212,11 +207,11 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("several-anchors", "three anchors, a quarter of each hidden, are better than one complete one", "CDG-MAE, Table 5", "", compare("cdgmae-5", "jf", "3-25", "1-0")),
     Claim("anchor-costs", "operations of eight choices of anchors", "CDG-MAE, Table 5", "6.0, 10.4, 8.3, 6.1, 11.6, 8.3, 14.9, 10.6", counted(_anchor_costs, "mae-repro cost cdgmae-a1 --method.num-anchors N --method.anchor-mask-ratio R")),
     Claim("generated-against-crops", "generated views are better anchors than crops", "CDG-MAE, Table 4", "", compare("cdgmae-4", "jf", "generated", "crops")),
-    Claim("nps-foretells", "sources whose views are more alike patch by patch (NPS), short of identical, are better anchors", "CDG-MAE, section 4 and Table 4", "", foretells("cdgmae-4", "nps", "jf", ("video", "generated", "neighbour", "random"))),
+    Claim("nps-foretells", "sources whose views are more alike patch by patch (NPS), short of identical, are better anchors", "CDG-MAE, section 4 and Table 4", "", foretells("cdgmae-4", "nps", "jf", ("video", "generated", "crops", "neighbour", "random"))),
     Claim("nps-order", "NPS orders sources: video, generated, neighbours, random", "CDG-MAE, Table 4", ".884, .795, .719, .600", _order_of_sources),
     Claim("synthetic-images", "generated views as anchors are better than as further images for CropMAE", "CDG-MAE, Table 10", "", compare("cdgmae-10", "jf", "cdgmae", "both")),
-    Claim("mum-mae", "on equal data MuM's features match better than MAE's", "MuM, Table 10", "EPE 12.5 against 18.7", _mum_against("MAE, one view")),
-    Claim("mum-croco", "on equal data MuM's features match better than CroCo's", "MuM, Table 10", "", _mum_against("CroCo, two views")),
+    Claim("mum-mae", "on equal data MuM's features match better than MAE's", "MuM, Table 10", "EPE 12.5 against 18.7", compare("mum-10", "epe", "mum", "mae")),
+    Claim("mum-croco", "on equal data MuM's features match better than CroCo's", "MuM, Table 10", "", compare("mum-10", "epe", "mum", "croco")),
     Claim("views-range", "more views in training are better", "MuM, Table 11", "EPE 12.8 (6), 12.5 (12), 10.6 (24)", compare("mum-11", "epe", "mum", "views-6")),
     Claim("rope", "rotary positions are better than absolute ones", "MuM, Table 11", "EPE 10.6 against 12.1", compare("mum-11", "epe", "mum", "absolute")),
     Claim("target-norm", "normalised pixels are the better target", "MuM, Table 11", "EPE 10.6 against 13.4", compare("mum-11", "epe", "mum", "pixels")),
@@ -240,8 +235,9 @@ def ledger(found: dict[str, dict] | None = None, claims: Iterable[Claim] = CLAIM
 
 def ledger_markdown(rows: list[dict]) -> str:
     "A table for people: claim, paper, ours, verdict, where from."
-    lines = ["| claim | source | paper | ours | verdict | scale, device, date, commit |", "|---|---|---|---|---|---|"]
+    lines = ["| claim | source | paper | ours | verdict | scale, device, date, commit, command |", "|---|---|---|---|---|---|"]
     for r in rows:
         where = ", ".join(x for x in (r["scale"], r["device"], r["date"], r["commit"]) if x) if r["verdict"] != "not run" else ""
-        lines.append(f"| {r['claim']} | {r['source']} | {r['paper']} | {r['ours']} | **{r['verdict']}** | {where} |")
+        command = f" `{r['command']}`" if r["command"] else ""
+        lines.append(f"| {r['claim']} | {r['source']} | {r['paper']} | {r['ours']} | **{r['verdict']}** | {where}{command} |")
     return "\n".join(lines)

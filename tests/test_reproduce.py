@@ -161,8 +161,6 @@ def toy(monkeypatch, tmp_path):
         said.append(list(words))
         code = next((code for word, code in behave.items() if word in words), 0)
         log.write_text("first\nwhat went wrong\n" if code else "")
-        if code == 130:
-            raise TrainingStopped("interrupted")
         if code == 0:
             where = Path(words[words.index("--json") + 1])
             where.write_text(json.dumps({"score": len(said)}))
@@ -170,7 +168,7 @@ def toy(monkeypatch, tmp_path):
                 place = Path(words[words.index("--out") + 1]) if words[0] == "pretrain" else Path(words[1])
                 place.mkdir(parents=True, exist_ok=True)
                 (place / "summary.json").write_text("{}")
-        return code
+        return code, code == 130
     monkeypatch.setattr(runner, "call", call)
     monkeypatch.setattr(runner, "environment", lambda: {"time": "2026-01-02T03:04:05+00:00", "commit": "c" * 40, "gpu": None, "cores": 2, "versions": {"torch": "2"}})
     monkeypatch.setitem(results.EVALUATIONS, "toy", TOY)
@@ -216,11 +214,46 @@ def test_a_begun_training_is_resumed_and_one_without_checkpoint_begins_anew(toy)
     first = runner.flat(make())[0]
     first.place.mkdir(parents=True)
     (first.place / "config.json").write_text("{}")
-    assert runner.command_of(first)[0] == "pretrain" and not first.place.exists(), "a folder without a checkpoint would be in the way"
+    assert runner.command_of(first)[0] == "pretrain"
     (first.place / "checkpoints" / "00000005").mkdir(parents=True)
     assert runner.command_of(first) == ("resume", str(first.place))
+    second = runner.flat(make())[3]
+    second.place.mkdir(parents=True)
+    (second.place / "config.json").write_text("{}")
     runner.run_steps(make(), home, progress=False)
-    assert said[0][:2] == ["resume", str(first.place)]
+    assert said[0][:2] == ["resume", str(first.place)] and said[3][0] == "pretrain" and not (second.place / "config.json").exists(), "a folder without a checkpoint would be in the way"
+
+
+def test_a_training_that_outlived_its_reproduce_is_waited_for(toy, capsys):
+    "The process that began it was killed; the training itself goes on, and holds its run."
+    t, make, said, behave, home = toy
+    first = runner.flat(make())[0]
+    first.place.mkdir(parents=True)
+    code = ("import pathlib, sys, time; from mae_repro.parts.weights import file_lock\nplace = pathlib.Path(sys.argv[1])\n"
+            "with file_lock(place / 'lock'):\n    print(1, flush=True); time.sleep(1.5)\n"
+            "    (place / 'environment.json').write_text('[{\"time\": \"2026-01-01T00:00:00\", \"commit\": \"dddd-dirty\", \"gpu\": null, \"cores\": 3, \"versions\": {\"torch\": \"2\"}}]')\n"
+            "    (place / 'summary.json').write_text('{\"seconds\": 7}')")
+    with subprocess.Popen([sys.executable, "-c", code, first.place], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert runner.run_steps(make(), home, progress=False) == []
+    assert [w[0] for w in said] == ["probe", "match", "pretrain", "probe", "match"] and "waiting for the process that works in" in capsys.readouterr().err
+    made = results.collect(t, "tiny", (0,), {}, home)["made"]
+    assert "3 CPU cores" in made["devices"] and made["seconds"] >= 7, "what the training wrote down itself"
+    assert "commit cccccccccccc, dddd-dirty" in results.to_markdown(results.collect(t, "tiny", (0,), {}, home))
+
+
+def test_seconds_of_all_sessions_are_added(toy, monkeypatch):
+    t, make, said, behave, home = toy
+    behave["pretrain"] = 130
+    first = runner.flat(make())[0]
+    with pytest.raises(TrainingStopped):
+        runner.run_steps(make(), home, progress=False)
+    about = runner.beside(first, "about.json")
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"seconds": 100.}))
+    (first.place / "checkpoints" / "00000005").mkdir(parents=True)
+    behave.clear()
+    runner.run_steps(make(), home, progress=False)
+    assert 100 <= json.loads(about.read_text())["seconds"] < 110 and not list(home.glob("*/*.tmp-*"))
 
 
 def test_being_stopped_stops_everything(toy):
@@ -241,17 +274,23 @@ def test_launchers_start_trainings_only(toy, monkeypatch):
 
 def test_a_folder_keeps_to_its_data(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    runner.check_data(tmp_path / "out", {"images": tmp_path / "a", "davis": None})
-    runner.check_data(tmp_path / "out", {"images": tmp_path / "a", "davis": None})
-    with pytest.raises(UserError, match="was begun with --data.images .*a, now it is .*b"):
-        runner.check_data(tmp_path / "out", {"images": tmp_path / "b", "davis": None})
+    out, a, b = tmp_path / "out", {"images": tmp_path / "a", "davis": None}, {"images": tmp_path / "b"}
+    runner.check_data(out, a, ["images"])
+    runner.check_data(out, b, ["images"])  # a folder that was a mistake: nothing has been made of it
+    (out / "evaluated").mkdir()
+    (out / "evaluated/probe.about.json").write_text("{}")
+    with pytest.raises(UserError, match="was begun with --data.images .*b, now it is .*a"):
+        runner.check_data(out, a, ["images"])
     with pytest.raises(UserError, match=r"now it is \(built-in\)"):
-        runner.check_data(tmp_path / "out", {})
-    runner.check_data(tmp_path / "out", {"images": tmp_path / "b"}, moved=True)
-    runner.check_data(tmp_path / "out", {"images": tmp_path / "b"})
-    with pytest.raises(UserError, match="is missing"):
-        runner.check_data(tmp_path / "new", {"images": tmp_path / "nowhere"})
-    assert not (tmp_path / "new").exists()
+        runner.check_data(out, {}, ["images"])
+    runner.check_data(out, {}, ["davis"])  # a table that reads no images
+    runner.check_data(out, a, ["images", "davis"], moved=True)
+    runner.check_data(out, a, ["images", "davis"])
+    with pytest.raises(UserError, match=r"--data.davis \(built-in\), now"):
+        runner.check_data(out, {**a, "davis": tmp_path / "b"}, ["images", "davis"])
+    (out / "data.json").write_text("{")
+    with pytest.raises(UserError, match="data.json: cannot be read"):
+        runner.check_data(out, a, ["images"])
 
 
 def test_the_script_runs_each_line_once(tmp_path):
@@ -263,6 +302,9 @@ def test_the_script_runs_each_line_once(tmp_path):
     (tmp_path / "said out").unlink()
     subprocess.run(["bash", path], check=True, env={k: v for k, v in os.environ.items() if k != "SLURM_ARRAY_TASK_ID"})
     assert (tmp_path / "said out").read_text() == "0\n1\n2\n"
+    path.write_text(runner.job_script(["false", f"echo after >> '{tmp_path}/said out'"], "jobs"))
+    assert subprocess.run(["bash", path], capture_output=True, env={k: v for k, v in os.environ.items() if k != "SLURM_ARRAY_TASK_ID"}).returncode == 1
+    assert (tmp_path / "said out").read_text().endswith("after\n"), "one that fails does not stop the others"
 
 # ---------------------------------------------------------------- results
 
@@ -304,8 +346,32 @@ def test_a_damaged_result_is_named(toy):
     runner.run_steps(make(), home, progress=False)
     step = make()[0]
     step.done.write_text('{"other": 1}')
-    with pytest.raises(UserError, match=f"{step.done.name}: does not hold"):
-        results.collect(t, "tiny", (0,), {}, home)
+    found = results.collect(t, "tiny", (0,), {}, home)
+    assert f"{step.done.name}: does not hold" in found["rows"][0]["failed"]["toy"]["0"] and found["rows"][1]["values"]["toy"], "the others are not lost"
+    for path in home.glob("*/*.about.json"):
+        path.write_text("{")
+    assert results.collect(t, "tiny", (0,), {}, home)["made"]["commits"] == []
+
+
+def test_a_table_of_some_rows_asks_for_their_data_only(toy, monkeypatch):
+    t, make, said, _, home = toy
+    runner.run_steps(make(), home, progress=False)
+    needy = Table(t.key, t.title, t.source, t.setting, t.columns, (*t.rows, Row("c", "C", "toy", "--data.root {nyu}")))
+    found = results.collect(needy, "tiny", (0,), {}, home)
+    assert [bool(r["values"]) for r in found["rows"]] == [True, True, False]
+    assert [r["key"] for r in results.collect(needy, "tiny", (0,), {}, home, only=("b",))["rows"]] == ["b"]
+
+
+def test_options_of_ones_own_have_trainings_and_files_of_their_own(toy):
+    t, make, said, _, home = toy
+    places = lambda options: {s.before[0].place for *_, s in table_steps(t, "tiny", (0,), {}, home, MODELS, EVALUATIONS, options=options)}
+    assert not places(()) & places(("--optim.batch-size", "16")) and len(places(("--optim.epochs", "9"))) == 1
+    with pytest.raises(UserError, match="is not understood"):
+        places(("--optim.nope", "16"))
+    found = results.collect(t, "tiny", (0,), {}, home, options=("--optim.epochs", "9"))
+    assert "9 epochs" in found["differs"] and "with --optim.epochs 9" in found["differs"]
+    path = results.write_results(found, home / "tables")
+    assert path.name.startswith("toy-1-") and ledger.read_results(home / "tables") == {}, "the ledger is about the tables as declared"
 
 
 def test_estimates_count_trainings_once_and_grow_with_their_length():
@@ -323,6 +389,9 @@ def test_estimates_count_trainings_once_and_grow_with_their_length():
     (["crossmae-3c", "--seeds", "0"], "--seeds 0 must be at least 1"), (["crossmae-3c", "--columns", "top"], "is not a column of crossmae-3c at scale tiny; there are finetune, linear"),
     (["mum-13", "--only", "dinov3"], "has no row 'dinov3' at scale tiny"), (["crossmae-3c", "--scale", "huge"], "huge"),
     (["cdgmae-6"], "what this table of CDG-MAE holds is not known here; of that paper there are cdgmae-1,"),
+    (["crossmae-3c", "--seed", "-1"], "--seed -1 must not be negative"), (["crossmae-3c", "--seeds", "2", "--seed", "2"], "--seed 2 is none of --seeds 2: 0 to 1"),
+    (["--only", "25"], "--only needs a TABLE"), (["crossmae-3c", "--launcher", "no-such-launcher"], "there is no such command"), (["crossmae-3c", "--options=--optim.nope 3"], "is not understood by mae-repro pretrain"),
+    (["crossmae-3c", "--dry-run", "--data.images", "nowhere-to-be-found"], "nowhere-to-be-found: is missing"),
     (["crossmae-3c", "--data.images", "nowhere-to-be-found"], "nowhere-to-be-found: is missing")])
 def test_bad_usage_is_one_clear_line(words, said, capsys, tmp_path):
     assert cli.run(["reproduce", *words, "--out", str(tmp_path / "out")]) == 2
@@ -337,8 +406,8 @@ def test_dry_run_prints_commands_and_leaves_nothing(tmp_path, capsys):
 
 def test_a_script_has_a_job_for_each_row_and_seed(tmp_path, capsys):
     assert cli.run(["reproduce", "crossmae-3c", "--seeds", "2", "--script", str(tmp_path / "jobs.sh"), "--out", str(tmp_path / "out"), "--columns", "linear"]) == 0
-    jobs = [line for line in (tmp_path / "jobs.sh").read_text().splitlines() if line.startswith("  'mae-repro reproduce")]
-    assert len(jobs) == 6 and "--only 25 --seed 1" in jobs[4] and all("--columns linear" in job for job in jobs) and shlex.split(shlex.split(jobs[4])[0])[:3] == ["mae-repro", "reproduce", "crossmae-3c"]
+    jobs = [line for line in (tmp_path / "jobs.sh").read_text().splitlines() if " reproduce crossmae-3c " in line]
+    assert len(jobs) == 6 and "--only 25 --seed 1" in jobs[4] and all("--columns linear" in job for job in jobs) and shlex.split(shlex.split(jobs[4])[0])[:5] == [sys.executable, "-m", "mae_repro.cli", "reproduce", "crossmae-3c"]
 
 
 def test_a_table_from_its_command_to_its_page(tmp_path):
@@ -380,6 +449,10 @@ def test_verdicts_follow_the_interval():
     assert ledger.judge(-.3, .5, margin=1.) == "holds" and ledger.judge(-.8, .5, margin=1.) == "undecided" and ledger.judge(-2., .5, margin=1.) == "does not hold"
 
 
+def test_a_ledger_of_an_empty_folder_says_so(tmp_path, capsys):
+    assert cli.run(["ledger", "--results", str(tmp_path)]) == 2 and "holds no table" in capsys.readouterr().err
+
+
 def table_of(better="higher", **rows):
     "A result in the shape of `collect`."
     return {"t": {"scale": "tiny", "command": "c", "made": {"devices": ["d"], "to": "2026-01-02T00", "commits": ["e" * 40]}, "columns": [{"key": "x", "title": "X", "better": better, "digits": 1}, {"key": "s", "title": "S", "better": "neither", "digits": 1}],
@@ -393,7 +466,7 @@ def test_a_claim_is_judged_by_pairs_of_seeds():
     assert ledger.compare("t", "x", "b", "a")(found).verdict == "does not hold"
     assert ledger.compare("t", "x", "b", "a")(table_of("lower", a=three(5., 6., 9.), b=three(4., 5., 8.))).verdict == "holds"
     finding = ledger.compare("t", "x", "a", "b")(found)
-    assert finding.ours.endswith("difference 1.0 ± 0.0, 3 seeds") and (finding.date, finding.commit) == ("2026-01-02", "e" * 12)
+    assert finding.ours.endswith("better by 1.0 ± 0.0, 3 seeds") and (finding.date, finding.commit) == ("2026-01-02", "e" * 12)
     assert ledger.compare("t", "x", "a", "nobody")(found).verdict == "not run" and ledger.compare("u", "x", "a", "b")(found).verdict == "not run"
 
 
@@ -406,11 +479,13 @@ def test_what_foretells_is_a_rank_correlation():
 
 def test_the_ledger_reads_the_largest_scale(tmp_path):
     for scale in ("tiny", "small"):
-        (tmp_path / f"t-{scale}.json").write_text(json.dumps({"table": "t", "scale": scale}))
+        (tmp_path / f"t-{scale}.json").write_text(json.dumps(table_of(a={"x": {"0": 1.}})["t"] | {"table": "t", "scale": scale}))
     assert ledger.read_results(tmp_path)["t"]["scale"] == "small"
-    (tmp_path / "bad.json").write_text('{"no": "table"}')
-    with pytest.raises(UserError, match="bad.json: is not a table"):
-        ledger.read_results(tmp_path)
+    good = table_of(a={"x": {"0": 1.}})["t"] | {"table": "t"}
+    for wrong in ({"no": "table"}, {"table": "t", "scale": "tiny"}, good | {"made": {}}, good | {"rows": [{"key": "a", "values": {"x": {"0": None}}}]}, good | {"columns": [{}]}, [1]):
+        (tmp_path / "bad.json").write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match="bad.json: is not a table"):
+            ledger.read_results(tmp_path)
 
 
 def test_every_claim_asks_for_rows_and_columns_that_exist():

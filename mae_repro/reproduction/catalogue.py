@@ -80,7 +80,7 @@ def estimate(found: Table, scale: Scale, speed: float, given: Mapping[str, Path 
         words, seen = training_words(row, scale, MODELS), set()
         for key in evaluations_of(found, scale, EVALUATIONS):
             evaluation, numbers = EVALUATIONS[key], numbers + 1
-            data |= {name for name, kind in DATA.items() if "{%s}" % name in evaluation.commands[scale] and kind.made_by and scale != "paper"}
+            data |= {name for name, kind in DATA.items() if kind.made_by and scale != "paper" and not given.get(name) and ("{%s}" % name in evaluation.commands[scale] or "{%s}" % name in (words or ()))}
             if evaluation.commands[scale] in seen:
                 continue  # a second number of the same command
             seen.add(evaluation.commands[scale])

@@ -9,9 +9,8 @@ __all__ = ['MODELS', 'EVALUATIONS']
 from .tables import Evaluation, Scale
 
 # %% ../../nbs/reproduction/72_columns.ipynb #82db1f78
-_PHOTOS = "--data.root {images} --data.limit 10000 --optim.epochs 4 --train.figure-every 0"
-_PAIRS = "--optim.epochs 4 --train.figure-every 0"
-_FRAMES = "--optim.epochs 4 --train.figure-every 0"
+_SHORT = "--optim.epochs 4 --train.figure-every 0 --train.save-every 1"
+_PHOTOS = f"--data.root {{images}} --data.limit 10000 {_SHORT}"
 _IMAGENET_400 = "--data.root {images} --optim.epochs 400 --optim.warmup-epochs 20"
 # MAE on the samples of another model: same size, one view of each
 _ONE_VIEW = "--method.img-size 64 --method.patch-size 8 --views.scale .5 1 --optim.base-lr 8e-3"
@@ -26,26 +25,26 @@ MODELS: dict[str, dict[Scale, str]] = {
     # CrossMAE's Table 1 compares sizes, trained for 800 epochs; the tiny ones are narrower or deeper than the default
     **{f"{kind}-{size}": {"tiny": f"{kind}-tiny {_PHOTOS} {tiny}", "small": f"{kind}-small --data.root {{images}} {small}", "paper": f"{kind}-{paper} --data.root {{images}}"}
        for kind in ("mae", "crossmae") for size, tiny, small, paper in _SIZES},
-    "mae-crops": {"tiny": f"mae-tiny {_ONE_VIEW} --optim.batch-size 32 --data.root {{photos}} {_PAIRS}", "small": "mae-small --method.img-size 96 --method.patch-size 8 --data.root {photos}",
+    "mae-crops": {"tiny": f"mae-tiny {_ONE_VIEW} --optim.batch-size 32 --data.root {{photos}} {_SHORT}", "small": "mae-small --method.img-size 96 --method.patch-size 8 --data.root {photos}",
                   "paper": "mae-vits16 --data.root {photos}"},
-    "siammae": {"tiny": f"siammae-tiny --data.root {{videos}} {_PAIRS}", "small": "siammae-small --data.root {videos}", "paper": "siammae-vits16 --data.root {videos}"},
-    "cropmae": {"tiny": f"cropmae-tiny --data.root {{photos}} {_PAIRS}", "small": "cropmae-small --data.root {photos}", "paper": "cropmae-vits16-cdg --data.root {photos}"},
-    "cropmae-synthetic": {"tiny": f"cropmae-tiny --data.root {{painted}} --data.repeats 80 {_PAIRS}", "small": "cropmae-small --data.root {bags}", "paper": "cropmae-vits16-cdg-synthetic --data.root {bags}"},
-    "cdgmae": {"tiny": f"cdgmae-tiny --data.root {{bags}} {_PAIRS}", "small": "cdgmae-small --data.root {bags}", "paper": "cdgmae-a3 --data.root {bags}"},
+    "siammae": {"tiny": f"siammae-tiny --data.root {{videos}} {_SHORT}", "small": "siammae-small --data.root {videos}", "paper": "siammae-vits16 --data.root {videos}"},
+    "cropmae": {"tiny": f"cropmae-tiny --data.root {{photos}} {_SHORT}", "small": "cropmae-small --data.root {photos}", "paper": "cropmae-vits16-cdg --data.root {photos}"},
+    "cropmae-synthetic": {"tiny": f"cropmae-tiny --data.root {{painted}} --data.repeats 80 {_SHORT}", "small": "cropmae-small --data.root {bags}", "paper": "cropmae-vits16-cdg-synthetic --data.root {bags}"},
+    "cdgmae": {"tiny": f"cdgmae-tiny --data.root {{bags}} {_SHORT}", "small": "cdgmae-small --data.root {bags}", "paper": "cdgmae-a3 --data.root {bags}"},
     # three anchors, and one complete anchor, from wherever the row takes them
-    "anchors": {"tiny": f"cdgmae-tiny {_PAIRS}", "small": "cdgmae-small", "paper": "cdgmae-a3"},
-    "pair": {"tiny": f"cdgmae-tiny {_PAIRS} --method.num-anchors 1 --method.anchor-mask-ratio 0", "small": "cdgmae-small --method.num-anchors 1 --method.anchor-mask-ratio 0", "paper": "cdgmae-a1"},
-    "cdgmae-s8": {"tiny": f"cdgmae-tiny --data.root {{bags}} {_PAIRS} --method.patch-size 4", "small": "cdgmae-small --data.root {bags} --method.patch-size 4", "paper": "cdgmae-a3-vits8 --data.root {bags}"},
-    "cdgmae-b": {"tiny": f"cdgmae-tiny --data.root {{bags}} {_PAIRS} --method.embed-dim 192", "small": "cdgmae-small --data.root {bags} --method.embed-dim 384 --method.num-heads 6",
+    "anchors": {"tiny": f"cdgmae-tiny {_SHORT}", "small": "cdgmae-small", "paper": "cdgmae-a3"},
+    "pair": {"tiny": f"cdgmae-tiny {_SHORT} --method.num-anchors 1 --method.anchor-mask-ratio 0", "small": "cdgmae-small --method.num-anchors 1 --method.anchor-mask-ratio 0", "paper": "cdgmae-a1"},
+    "cdgmae-s8": {"tiny": f"cdgmae-tiny --data.root {{bags}} {_SHORT} --method.patch-size 4", "small": "cdgmae-small --data.root {bags} --method.patch-size 4", "paper": "cdgmae-a3-vits8 --data.root {bags}"},
+    "cdgmae-b": {"tiny": f"cdgmae-tiny --data.root {{bags}} {_SHORT} --method.embed-dim 192", "small": "cdgmae-small --data.root {bags} --method.embed-dim 384 --method.num-heads 6",
                  "paper": "cdgmae-a3-vitb16 --data.root {bags}"},
-    "mum": {"tiny": f"mum-tiny --data.root {{scenes}} {_FRAMES}", "small": "mum-small --data.root {scenes} --optim.epochs 20 --optim.warmup-epochs 1", "paper": "mum-base --data.root {scenes}"},
-    "mum-24": {"tiny": f"mum-tiny --data.root {{scenes}} {_FRAMES}", "small": "mum-small --data.root {scenes} --optim.epochs 20 --optim.warmup-epochs 1",
+    "mum": {"tiny": f"mum-tiny --data.root {{scenes}} {_SHORT}", "small": "mum-small --data.root {scenes} --optim.epochs 20 --optim.warmup-epochs 1", "paper": "mum-base --data.root {scenes}"},
+    "mum-24": {"tiny": f"mum-tiny --data.root {{scenes}} {_SHORT}", "small": "mum-small --data.root {scenes} --optim.epochs 20 --optim.warmup-epochs 1",
                "paper": "mum-base --method.num-views 24 --data.root {scenes}"},
-    "mum-l": {"tiny": f"mum-tiny --data.root {{scenes}} {_FRAMES}", "small": "mum-small --data.root {scenes}", "paper": "mum-large --data.root {scenes}"},
-    "mae-frames": {"tiny": f"mae-tiny {_ONE_FRAME} --data.root {{scenes}} {_FRAMES}",
+    "mum-l": {"tiny": f"mum-tiny --data.root {{scenes}} {_SHORT}", "small": "mum-small --data.root {scenes}", "paper": "mum-large --data.root {scenes}"},
+    "mae-frames": {"tiny": f"mae-tiny {_ONE_FRAME} --data.root {{scenes}} {_SHORT}",
                    "small": "mae-small --method.img-size 96 --method.patch-size 8 --views.source scene --views.epoch-steps 500 --optim.batch-size 384 --data.root {scenes} --optim.epochs 20 --optim.warmup-epochs 1",
                    "paper": "mae-vitb16 --views.source scene --views.per-batch 128 --optim.epochs 100 --optim.warmup-epochs 6.25 --data.root {scenes}"},
-    "croco-frames": {"tiny": f"croco-tiny --method.decoder-depth 2 --views.source scene --views.scale .5 1 --views.joint True --views.per-batch 32 --views.epoch-steps 50 --views.single 0 --optim.batch-size 64 --data.root {{scenes}} {_FRAMES}",
+    "croco-frames": {"tiny": f"croco-tiny --method.decoder-depth 2 --views.source scene --views.scale .5 1 --views.joint True --views.per-batch 32 --views.epoch-steps 50 --views.single 0 --optim.batch-size 64 --data.root {{scenes}} {_SHORT}",
                      "small": "croco-small --views.source scene --views.epoch-steps 500 --views.single 0 --optim.batch-size 384 --data.root {scenes} --optim.epochs 20 --optim.warmup-epochs 1",
                      "paper": "croco-v2-vitb-decsmall --views.source scene --views.per-batch 128 --views.single 0 --optim.batch-size 4096 --optim.epochs 100 --optim.stop-epochs None --optim.warmup-epochs 6.25 --data.root {scenes}"},
 }
@@ -106,8 +105,8 @@ def _dense(task: str, layout: str, data: str, tiny: str = "") -> dict[Scale, str
             "paper": f"dense {{encoder}} --task {task} --layout {layout} --data.root {{{data}}} --no-controls --steps 10000 --seed {{seed}}"}
 
 # %% ../../nbs/reproduction/72_columns.ipynb #64f4d42f
-_SCORE = {"tiny": "views score {source} --pairs 500", "small": "views score {source} --pairs 5000", "paper": "views score {source} --pairs 5000 --backbone vit_base_patch16_224.mae"}
-_SCORE_DINOV2 = {"tiny": f"{_SCORE['tiny']} --backbone siammae-tiny", "small": f"{_SCORE['small']} --backbone siammae-tiny", "paper": "views score {source} --pairs 5000 --backbone vit_small_patch14_dinov2.lvd142m"}
+_SCORE = {"tiny": "views score {source} --pairs 500 --seed {seed}", "small": "views score {source} --pairs 5000 --seed {seed}", "paper": "views score {source} --pairs 5000 --seed {seed} --backbone vit_base_patch16_224.mae"}
+_SCORE_DINOV2 = {"tiny": f"{_SCORE['tiny']} --backbone siammae-tiny", "small": f"{_SCORE['small']} --backbone siammae-tiny", "paper": "views score {source} --pairs 5000 --seed {seed} --backbone vit_small_patch14_dinov2.lvd142m"}
 _TRAIN_COST = {"tiny": "cost {recipe} --measure --batch-size 64", "small": "cost {recipe} --measure --batch-size 512",
                "paper": "cost {recipe} --measure --batch-size 512 --precision bf16"}
 _COUNT = {scale: "cost {recipe} --convention mac-linear" for scale in ("tiny", "small", "paper")}
@@ -149,7 +148,7 @@ EVALUATIONS: dict[str, Evaluation] = {
     "gs-dinov2": Evaluation("GS, another backbone", _SCORE_DINOV2, lambda found: found[0]["scores"]["gs"], "neither", 3, seconds=25),
     "ls-dinov2": Evaluation("LS, another backbone", _SCORE_DINOV2, lambda found: found[0]["scores"]["ls"], "neither", 3),
     "nps-dinov2": Evaluation("NPS, another backbone", _SCORE_DINOV2, lambda found: found[0]["scores"]["nps"], "higher", 3),
-    "gmacs": Evaluation("GMACs", _COUNT, lambda found: found[0]["gflops"], "lower", 1),
+    "gmacs": Evaluation("GMACs", _COUNT, lambda found: found[0]["gflops"], "lower", 1, counted=True),
     "speed": Evaluation("training, images/s", _TRAIN_COST, lambda found: found[0]["measured"]["samples_per_s"], "higher", 1, seconds=20),
     "minutes": Evaluation("minutes an epoch of four GPUs", {"paper": _TRAIN_COST["paper"]}, lambda found: 1_281_167 / (4 * 60 * found[0]["measured"]["samples_per_s"]), "lower", 2, seconds=60),
     "memory": Evaluation("memory of a step, MB", _TRAIN_COST, lambda found: found[0]["measured"]["peak_bytes"] / 2 ** 20, "lower", 0),

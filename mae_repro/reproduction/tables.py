@@ -40,7 +40,8 @@ def words_at(words: Words, scale: Scale) -> list[str] | None:
 class Evaluation:
     """A column: how a number is made of a row, and read from the JSON that the command writes.
 
-    `better`: higher or lower numbers, or neither; `images`: pictures that the encoder sees for it at each scale, to foretell its time (a training counts three times)."""
+    `better`: higher or lower numbers, or neither; `images`: pictures that the encoder sees for it at each scale, to foretell its time (a training counts three times);
+    `counted`: the same for every seed, so found once."""
     title: str
     commands: Mapping[Scale, str]
     read: Callable[[Any], float]
@@ -48,6 +49,7 @@ class Evaluation:
     digits: int = 1
     images: Mapping[Scale, float] = field(default_factory=dict)
     seconds: float = 8.
+    counted: bool = False
 
     @property
     def trains(self) -> bool:
@@ -57,7 +59,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Row:
-    """A row: a model of `published.MODELS`, `options` of its training, and what the paper prints: {column: number}.
+    """A row: a model of `columns.MODELS`, `options` of its training, and what the paper prints: {column: number}.
 
     `encoder`: somebody's finished encoder at a scale, in place of a training; `untrained`: the first weights instead; `names`: further words in braces; a row is only there at the scales of `scales`."""
     key: str
@@ -73,7 +75,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    "A table of a paper: `setting` says how the paper's numbers came about, `note` what we read into it or leave out. `columns` are keys of `published.EVALUATIONS`."
+    "A table of a paper: `setting` says how the paper's numbers came about, `note` what we read into it or leave out. `columns` are keys of `columns.EVALUATIONS`."
     key: str
     title: str
     source: str
@@ -96,16 +98,17 @@ class Data:
     what: str
     built_in: str | None = None
     made_by: str | None = None
+    stands_in: str = "rendered scenes"  # what that is, said to people
 
 
 DATA: dict[str, Data] = {
-    "images": Data("images with labels: ImageNet's layout, CIFAR-10, or class folders", built_in="digits"),
-    "photos": Data("images, labels not needed (ImageNet)", built_in=""),
+    "images": Data("images with labels: ImageNet's layout, CIFAR-10, or class folders", built_in="digits", stands_in="built-in digits"),
+    "photos": Data("images, labels not needed (ImageNet)", built_in="", stands_in="built-in photographs"),
     "videos": Data("videos, or folders of frames (Kinetics-400)", built_in=""),
-    "bags": Data("bags of an image and its generated views (mae-repro views make)", built_in=""),
-    "painted": Data("bags whose views a small model paints of the built-in photographs", made_by="views make --generator sldm-tiny --guidance 3 --format folders --out {made}"),
+    "bags": Data("bags of an image and its generated views (mae-repro views make)", built_in="", stands_in="frames of rendered scenes"),
+    "painted": Data("bags whose views a small model paints of the built-in photographs", made_by="views make --generator sldm-tiny --guidance 3 --format folders --out {made}", stands_in="views painted of built-in photographs"),
     "bags8": Data("bags with eight generated views of an image (mae-repro views make --num-views 8)"),
-    "painted8": Data("bags of eight views that a small model paints of the built-in photographs", made_by="views make --generator sldm-tiny --guidance 3 --num-views 8 --format folders --out {made}"),
+    "painted8": Data("bags of eight views that a small model paints of the built-in photographs", made_by="views make --generator sldm-tiny --guidance 3 --num-views 8 --format folders --out {made}", stands_in="eight views each, painted of built-in photographs"),
     "scenes": Data("scenes: folders of pictures (see data/README.md)", built_in=""),
     "posed": Data("scenes with cameras.json and depth", made_by="views render --layout scene --still --num 60 --frames 8 --img-size 96 96 --seed 1 --out {made}"),
     "davis": Data("DAVIS-2017", made_by="views render --layout davis --num 8 --frames 20 --img-size 160 288 --seed 1 --out {made}"),
@@ -127,7 +130,7 @@ Folders.__doc__ = "Where data is, by name. At scale tiny, built-in or rendered d
 def data_words(words: list[str], given: Mapping[str, Path | None], scale: Scale, home: Path) -> tuple[list[str], list[str]]:
     """`words` with folders of data for names in braces, and the names that were used.
 
-    Without a folder: the built-in name, the folder that `made_by` fills, or the option is left out. UserError where a scale other than tiny lacks its data."""
+    Without a folder: the built-in name, the folder that `made_by` fills, or the option is left out. UserError where nothing may stand in: always at scale paper, for `images` at small too."""
     found, used = [], []
     for word in words:
         name = next((n for n in DATA if "{%s}" % n in word), None)
@@ -166,15 +169,16 @@ def config_of(words: tuple[str, ...]) -> Config:
 # %% ../../nbs/reproduction/71_tables.ipynb #aab2748f
 @dataclass(frozen=True)
 class Step:
-    """A command of `mae-repro` (as words), the `place` it fills, the file `done`, and steps that must be done `before`.
+    """A command of `mae-repro` (as words), the file that says it is `done`, and steps that must be done `before`.
 
-    kind: data, train or evaluate; `about`: what it is for, said to people."""
+    kind: data, train or evaluate. `place`: its folder (an evaluation may leave it empty), and the name of its log and lock. `about`: what it is for, said to people; `data`: names of data that it reads."""
     kind: Literal["data", "train", "evaluate"]
     command: tuple[str, ...]
     place: Path
     done: Path
     before: tuple["Step", ...] = ()
     about: str = ""
+    data: tuple[str, ...] = ()
 
     def line(self) -> str:
         "As one would type it."
@@ -199,7 +203,7 @@ def data_steps(names: list[str], given: Mapping[str, Path | None], home: Path) -
         if given.get(name) is None and DATA[name].made_by:
             place = home / "data" / name
             command = shlex.split(DATA[name].made_by.replace("{made}", shlex.quote(str(place))))
-            found.append(Step("data", tuple(command), place, place.with_name(f"{name}.json"), about=f"data: {name}"))
+            found.append(Step("data", tuple(command), place, place.with_name(f"{name}.json"), about=f"data: {name}", data=(name,)))
     return tuple(found)
 
 
@@ -207,7 +211,7 @@ def train_step(words: list[str], seed: int, given: Mapping[str, Path | None], sc
     "The training of a recipe with options."
     place = home / "trained" / f"{training_name(tuple(words))}-seed{seed}"
     command, used = data_words(words, given, scale, home)
-    return Step("train", ("pretrain", *command, "--train.seed", str(seed), "--out", str(place)), place, place / "summary.json", data_steps(used, given, home), about)
+    return Step("train", ("pretrain", *command, "--train.seed", str(seed), "--out", str(place)), place, place / "summary.json", data_steps(used, given, home), about, tuple(used))
 
 # %% ../../nbs/reproduction/71_tables.ipynb #93c93c9d
 def evaluate_step(evaluation: Evaluation, names: Mapping[str, str], train: Step | None, seed: int, given: Mapping[str, Path | None], scale: Scale, home: Path, about: str,
@@ -221,7 +225,7 @@ def evaluate_step(evaluation: Evaluation, names: Mapping[str, str], train: Step 
         words = [w.replace(braces, value) for w in words]
     command, used = data_words(words, given, scale, home)
     done = place.with_name(f"{name}.json")
-    return Step("evaluate", tuple(command), place, done, ((train,) if train else ()) + data_steps(used, given, home), about)
+    return Step("evaluate", tuple(command), place, done, ((train,) if train else ()) + data_steps(used, given, home), about, tuple(used))
 
 
 def _spelled(part: str, names: Mapping[str, str]) -> list[str]:
@@ -268,8 +272,8 @@ def trial_words(words: list[str]) -> list[str]:
 
 # %% ../../nbs/reproduction/71_tables.ipynb #a6e0de3f
 def table_steps(table: Table, scale: Scale, seeds: tuple[int, ...], given: Mapping[str, Path | None], home: Path, models: Mapping[str, Mapping[Scale, str]], evaluations: Mapping[str, Evaluation],
-                only: tuple[str, ...] = (), trial: bool = False, columns: tuple[str, ...] = ()) -> Iterator[tuple[Row, int, str, Step]]:
-    "(row, seed, column, step) of every number of a table; `trial`: with words that cut each short. `only`, `columns`: these rows and columns alone. UserError: an unknown row or column, or data that is missing."
+                only: tuple[str, ...] = (), trial: bool = False, columns: tuple[str, ...] = (), options: tuple[str, ...] = ()) -> Iterator[tuple[Row, int, str, Step]]:
+    "(row, seed, column, step) of every number of a table; `trial`: with words that cut each short. `only`, `columns`: these rows and columns alone; `options`: further words for every training. UserError: an unknown row or column, or data that is missing."
     for key in only:
         if table.row(key) not in rows_at(table, scale, models):
             raise UserError(f"{table.key} has no row {key!r} at scale {scale}")
@@ -280,12 +284,13 @@ def table_steps(table: Table, scale: Scale, seeds: tuple[int, ...], given: Mappi
             if only and row.key not in only:
                 continue
             words, train = training_words(row, scale, models), None
+            words = words and [*words, *options]
             encoder = None if row.encoder is None else words_at(row.encoder, scale)
-            for key in columns or evaluations_of(table, scale, evaluations):
+            for key in dict.fromkeys(columns) or evaluations_of(table, scale, evaluations):
                 evaluation, about = evaluations[key], f"{table.key}, {row.title}, seed {seed}, {evaluations[key].title}"
                 names = {name: shlex.join(words_at(value, scale) or []) for name, value in row.names.items()} | ({"recipe": shlex.join(words)} if words else {}) | ({"encoder": shlex.join(encoder)} if encoder else {})
+                if evaluation.counted and seed != seeds[0]:
+                    continue
                 if evaluation.trains and not encoder and train is None and words:
                     train = train_step(words + trial_words(["pretrain", *words]) * trial, seed, given, scale, home, f"{table.key}, {row.title}, seed {seed}")
-                if seed != seeds[0] and not evaluation.trains and "{seed}" not in evaluation.commands[scale]:
-                    continue  # counted, not measured: the same for every seed
-                yield row, seed, key, evaluate_step(evaluation, names, train if evaluation.trains else None, seed, given, scale, home, about, row.untrained, trial)
+                yield row, seed, key, evaluate_step(evaluation, names, train if evaluation.trains else None, 0 if evaluation.counted else seed, given, scale, home, about, row.untrained, trial)
