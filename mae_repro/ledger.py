@@ -65,10 +65,11 @@ class Finding:
     date: str = ""
     commit: str = ""
     command: str = ""
+    gain: dict | None = None  # of a comparison: mean and half interval in favour of the claim, the margin, the second row's number
 
 
 def judge(difference: float, half: float | None, margin: float = 0.) -> Verdict:
-    "Of a mean difference in favour of a claim, with half its interval: may it lie below -margin?"
+    "Of a mean difference in favour of a claim, with half its interval: holds above -margin, does not below it, undecided if it lies inside, or without an interval."
     if half is None:
         return "undecided"
     return "holds" if difference - half > -margin else "does not hold" if difference + half < -margin else "undecided"
@@ -88,7 +89,8 @@ def compare(table: str, column: str, a: str, b: str, margin: float = 0.) -> Call
         said = lambda x: _with_half(*mean_and_half([x[s] for s in sorted(seeds)]), about["digits"])
         on = f" ({about['on']})" if about.get("on") else ""
         text = f"{said(ours)} against {said(theirs)}, {about['title']}{on}; better by {_with_half(gain, half, about['digits'])}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
-        return Finding(judge(gain, half, margin), text, **_provenance(t))
+        against = mean_and_half([theirs[s] for s in seeds])[0]
+        return Finding(judge(gain, half, margin), text, **_provenance(t), gain={"mean": gain, "half": half, "margin": margin, "against": against})
     return test
 
 
@@ -224,7 +226,7 @@ CLAIMS: tuple[Claim, ...] = (
 
 # %% ../nbs/70_ledger.ipynb #589cf055
 def ledger(found: dict[str, dict] | None = None, claims: Iterable[Claim] = CLAIMS) -> list[dict]:
-    "Rows, ready for JSON: key, claim, source, paper, ours, verdict, scale, device, date, commit, command."
+    "Rows, ready for JSON: key, claim, source, paper, ours, verdict, scale, device, date, commit, command, gain (of comparisons)."
     found = read_results() if found is None else found
     rows = []
     for claim in claims:

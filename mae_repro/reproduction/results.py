@@ -113,9 +113,9 @@ def _made(steps: list[Step]) -> dict:
 def differs(table: Table, scale: Scale, given: Mapping[str, Path | None], options: tuple[str, ...] = ()) -> str:
     "How our numbers came about (all rows), and how the paper's: one line."
     trained = [[*words, *options] for row in rows_at(table, scale, MODELS) if (words := training_words(row, scale, MODELS))]
-    judged = _data_said(" ".join(EVALUATIONS[c].commands[scale] for c in evaluations_of(table, scale, EVALUATIONS)), scale, given)
-    needed = any(EVALUATIONS[c].trains for c in evaluations_of(table, scale, EVALUATIONS))
-    ours = [_setting(trained, scale, given) if needed else "no training" + (f", views of {data}" if (data := _data_said(str(trained), scale, given)) else ""), *([f"judged on {judged}"] if judged else []), *([f"with {shlex.join(options)}"] if options else [])]
+    commands = [EVALUATIONS[c].commands[scale] for c in evaluations_of(table, scale, EVALUATIONS)]
+    needed, counted = (any(name in words for words in commands) for name in ("{encoder}", "{recipe}"))
+    ours = [_setting(trained, scale, given, needed) if needed or counted else "no training" + (f", views of {data}" if (data := _data_said(str(trained), scale, given)) else ""), *([f"judged on {judged}"] if (judged := _data_said(" ".join(commands), scale, given)) else []), *([f"with {shlex.join(options)}"] if options else [])]
     return f"ours (scale {scale}): {'; '.join(ours)}; paper: {table.setting}"
 
 
@@ -125,16 +125,16 @@ def _data_said(words: str, scale: Scale, given: Mapping[str, Path | None]) -> st
     return ", ".join(dict.fromkeys(Path(given[n]).resolve().name if given.get(n) else DATA[n].stands_in for n in names))
 
 
-def _setting(trained: list[list[str]], scale: Scale, given: Mapping[str, Path | None]) -> str:
-    "Recipes, sizes, length and data of trainings."
+def _setting(trained: list[list[str]], scale: Scale, given: Mapping[str, Path | None], whole: bool) -> str:
+    "Recipes and sizes of trainings, and of `whole` ones length and data."
     configs = [config_of(tuple(words)) for words in trained]
     span = lambda values: " to ".join(f"{v:g}" for v in sorted({min(values), max(values)}))
     side = lambda m: max(m.img_size) if isinstance(m.img_size, tuple) else m.img_size
     sizes = f"width {span([c.method.embed_dim for c in configs])}, {span([c.method.depth for c in configs])} blocks, {span([side(c.method) for c in configs])} px, patch {span([c.method.patch_size for c in configs])}"
     limit = max((c.data.limit or 0 for c in configs), default=0) if given.get("images") else 0
     data = _data_said(" ".join(word for words in trained for word in words), scale, given)
-    return (f"{', '.join(dict.fromkeys(words[0] for words in trained))} ({sizes}), {span([c.optim.stop_epochs or c.optim.epochs for c in configs])} epochs"
-            + f" of {data}{f' (at most {limit:,} of them)' if limit else ''}" * bool(data))
+    length = f", {span([c.optim.stop_epochs or c.optim.epochs for c in configs])} epochs" + f" of {data}{f' (at most {limit:,} of them)' if limit else ''}" * bool(data)
+    return f"{', '.join(dict.fromkeys(words[0] for words in trained))} ({sizes}){length * whole}"
 
 # %% ../../nbs/reproduction/78_results.ipynb #312c78f0
 def _cell(row: dict, column: dict) -> str:
