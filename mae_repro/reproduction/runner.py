@@ -114,6 +114,8 @@ def run_step(step: Step, home: Path, launcher: tuple[str, ...] = (), show: bool 
         if (step.place / "lock").is_file():  # a command outlives a `reproduce` that was killed
             with file_lock(step.place / "lock", wait=True, waiting=f"waiting for the process that works in {step.place}"):
                 pass
+        for left in step.place.parent.glob(f"{step.place.name}.tmp-*"):
+            left.unlink()
         if step.done.is_file():
             return True
         step.place.parent.mkdir(parents=True, exist_ok=True)
