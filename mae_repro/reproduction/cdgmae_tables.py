@@ -51,7 +51,8 @@ _TABLES = (
     Table("cdgmae-10", "Do generated views help CropMAE as further images?", "CDG-MAE, Table 10", _SETTING, _PROPAGATED, (
         Row("real", "CropMAE, real images", "cropmae"),
         Row("both", "CropMAE, real and generated images", "cropmae-synthetic"),
-        Row("cdgmae", "CDG-MAE", "cdgmae")), _GEN),
+        Row("cdgmae", "CDG-MAE", "anchors", _PAINTED)),
+        "At tiny all three see the same photographs and the views painted of them."),
     Table("cdgmae-13", "How alike two views of a source are, for another backbone", "CDG-MAE, Table 13", "DINOv2 ViT-S/14", ("gs-dinov2", "ls-dinov2", "nps-dinov2"),
           tuple(replace(row, paper={}) for row in _SOURCES),
           "tiny and small: a small SiamMAE in place of DINOv2. Is the order of Table 1 one of the pictures, or of the features?"),
