@@ -22,15 +22,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # no such locks on Windows
-    fcntl = None
-
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+# %% ../../nbs/parts/08_weights.ipynb #4f2a90d3
+try:
+    import fcntl
+except ImportError:  # no such locks on Windows
+    fcntl = None
 
 # %% ../../nbs/parts/08_weights.ipynb #ab22ad63
 class UserError(ValueError):
