@@ -19,6 +19,8 @@ import io
 import json
 import os
 import re
+import shlex
+import shutil
 import sys
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -1598,9 +1600,6 @@ class ReproduceArgs(Generic[C]):
 
 
 def reproduce(args: list[str]) -> int:
-    import shlex
-    import shutil
-
     from mae_repro.parts.weights import UserError
     from mae_repro.reproduction.catalogue import table
     from mae_repro.reproduction.tables import Folders
@@ -1650,8 +1649,6 @@ def _hours(hours: float) -> str:
 
 def _reproduce(a: ReproduceArgs, tables: list, given: dict, typed: str) -> int:
     "Run these tables, or say what would be run."
-    import shlex
-
     from mae_repro.parts.weights import UserError
     from mae_repro.reproduction import results, runner
     from mae_repro.reproduction.columns import EVALUATIONS, MODELS
@@ -1688,8 +1685,6 @@ def _reproduce(a: ReproduceArgs, tables: list, given: dict, typed: str) -> int:
 
 def _write_script(a: ReproduceArgs, numbers: list, scale: str) -> int:
     "A line for each row and seed."
-    import shlex
-
     from mae_repro.parts.weights import UserError
     from mae_repro.reproduction.runner import job_script
     python = [sys.executable, "-m", "mae_repro.cli"]  # the environment may not be active where a job runs

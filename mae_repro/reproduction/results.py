@@ -83,7 +83,7 @@ def collect(table: Table, scale: Scale, seeds: tuple[int, ...], given: Mapping[s
             found["mean"][column], found["half"][column] = mean_and_half(list(values.values()))
     return {"table": table.key, "title": table.title, "source": table.source, "scale": scale, "seeds": sorted({int(s) for r in rows for v in r["values"].values() for s in v}), "options": list(options),
             "differs": differs(table, scale, given, options), "note": table.note, "command": command,
-            "columns": [{"key": c, "title": EVALUATIONS[c].title, "better": EVALUATIONS[c].better, "digits": EVALUATIONS[c].digits, "on": _data_said(EVALUATIONS[c].commands[scale], scale, given)} for c in columns],
+            "columns": [{"key": c, "title": EVALUATIONS[c].title, "better": EVALUATIONS[c].better, "digits": EVALUATIONS[c].digits, "on": _data_said(EVALUATIONS[c].commands[scale], given)} for c in columns],
             "rows": rows, "made": _made(used)}
 
 
@@ -115,24 +115,24 @@ def differs(table: Table, scale: Scale, given: Mapping[str, Path | None], option
     trained = [[*words, *options] for row in rows_at(table, scale, MODELS) if (words := training_words(row, scale, MODELS))]
     commands = [EVALUATIONS[c].commands[scale] for c in evaluations_of(table, scale, EVALUATIONS)]
     needed, counted = (any(name in words for words in commands) for name in ("{encoder}", "{recipe}"))
-    ours = [_setting(trained, scale, given, needed) if needed or counted else "no training" + (f", views of {data}" if (data := _data_said(str(trained), scale, given)) else ""), *([f"judged on {judged}"] if (judged := _data_said(" ".join(commands), scale, given)) else []), *([f"with {shlex.join(options)}"] if options else [])]
+    ours = [_setting(trained, given, needed) if needed or counted else "no training" + (f", views of {data}" if (data := _data_said(str(trained), given)) else ""), *([f"judged on {judged}"] if (judged := _data_said(" ".join(commands), given)) else []), *([f"with {shlex.join(options)}"] if options else [])]
     return f"ours (scale {scale}): {'; '.join(ours)}; paper: {table.setting}"
 
 
-def _data_said(words: str, scale: Scale, given: Mapping[str, Path | None]) -> str:
+def _data_said(words: str, given: Mapping[str, Path | None]) -> str:
     "The data that words name in braces: folders, or what stands in for them."
     names = [name for name in DATA if "{%s}" % name in words]
     return ", ".join(dict.fromkeys(Path(given[n]).resolve().name if given.get(n) else DATA[n].stands_in for n in names))
 
 
-def _setting(trained: list[list[str]], scale: Scale, given: Mapping[str, Path | None], whole: bool) -> str:
+def _setting(trained: list[list[str]], given: Mapping[str, Path | None], whole: bool) -> str:
     "Recipes and sizes of trainings, and of `whole` ones length and data."
     configs = [config_of(tuple(words)) for words in trained]
     span = lambda values: " to ".join(f"{v:g}" for v in sorted({min(values), max(values)}))
     side = lambda m: max(m.img_size) if isinstance(m.img_size, tuple) else m.img_size
     sizes = f"width {span([c.method.embed_dim for c in configs])}, {span([c.method.depth for c in configs])} blocks, {span([side(c.method) for c in configs])} px, patch {span([c.method.patch_size for c in configs])}"
     limit = max((c.data.limit or 0 for c in configs), default=0) if given.get("images") else 0
-    data = _data_said(" ".join(word for words in trained for word in words), scale, given)
+    data = _data_said(" ".join(word for words in trained for word in words), given)
     length = f", {span([c.optim.stop_epochs or c.optim.epochs for c in configs])} epochs" + f" of {data}{f' (at most {limit:,} of them)' if limit else ''}" * bool(data)
     return f"{', '.join(dict.fromkeys(words[0] for words in trained))} ({sizes}){length * whole}"
 
