@@ -1437,7 +1437,7 @@ class CostArgs(Generic[C]):
     as_built: bool = False
     "Count what this code computes; otherwise what the authors' code does: patch embedding of all patches, prediction at all places."
     measure: bool = False
-    "Also time training steps on random images here, and say how much memory one takes."
+    "Also time training steps on random images here, those of several recipes in turn, and say how much memory one takes."
     batch_size: int = 8
     "--measure: samples in a step."
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -1476,9 +1476,10 @@ def cost(args: list[str]) -> int:
         return 0
     parsed, rows, texts = _cost_args(args), [], []
     first = next(iter(parsed.values()))
+    measured = _measured(parsed) if first.measure else {}
     for name, a in parsed.items():
         row = cost_row(name, a.config.method, a.convention, a.as_built)
-        rows.append(row | ({"measured": _measured(a)} if a.measure else {}))
+        rows.append(row | ({"measured": measured[name]} if measured else {}))
         if a.plan:
             rows[-1]["plan"] = plan_training(a.config, a.gpus, a.gpu, a.images_per_s, a.utilisation, a.samples)
             texts.append(plan_text(rows[-1]["plan"]))
@@ -1526,14 +1527,15 @@ def _fields_of(options: list[str], mine: set[str], anyone: set[str]) -> list[str
     return kept
 
 # %% ../nbs/80_cli.ipynb #c0570003
-def _measured(a) -> dict:
-    "What a training step takes here. UserError if it does not fit."
+def _measured(parsed: "dict[str, CostArgs]") -> dict:
+    "What a training step of each recipe takes here. UserError if it does not fit."
     import torch
 
     from mae_repro.analysis.cost import measure
     from mae_repro.parts.weights import UserError
+    a = next(iter(parsed.values()))
     try:
-        return measure(a.config.method, a.batch_size, _device(a.device).type, a.precision)
+        return measure({name: one.config.method for name, one in parsed.items()}, a.batch_size, _device(a.device).type, a.precision)
     except torch.OutOfMemoryError:
         raise UserError(f"--batch-size {a.batch_size} does not fit this GPU's memory: take a smaller one") from None
 
@@ -1550,7 +1552,7 @@ def _cost_text(rows: list[dict]) -> str:
         held = ", ".join(f"{n / 2 ** 20:,.1f} MB ({how})" for how, n in r["activation_bytes"].items())
         lines += ["", r["recipe"], f"  {unit} by part: {parts}", f"  tokens: {_tokens_text(r['tokens'])}", f"  activations kept for backward: {held}"]
         if m := r.get("measured"):
-            lines.append(f"  measured: {m['samples_per_s']:.1f} samples/s, {m['peak_bytes'] / 2 ** 20:,.0f} MB ({m['peak_is']}); batch {m['batch_size']}, {m['precision']}, {m['device']}")
+            lines.append(f"  measured: {m['samples_per_s']:.1f} samples/s, {m['peak_bytes'] / 2 ** 20:,.0f} MB ({m['peak_is']}); batch {m['batch_size']}, {m['precision']}, {m['device']}" + (f"; {m['speedup'][0]:.2f} times {rows[0]['recipe']} ({m['speedup'][1]:.2f} to {m['speedup'][2]:.2f})" if r is not rows[0] else ""))
     return "\n".join(lines)
 
 
@@ -1602,32 +1604,52 @@ class ReproduceArgs(Generic[C]):
 def reproduce(args: list[str]) -> int:
     from mae_repro.parts.weights import UserError
     from mae_repro.reproduction.catalogue import table
-    from mae_repro.reproduction.tables import Folders
+    from mae_repro.reproduction.columns import EVALUATIONS, MODELS
+    from mae_repro.reproduction.tables import DATA, Folders, data_names
     a = parse(ReproduceArgs[Folders], args, "mae-repro reproduce")
-    given = {name: folder for name, folder in vars(a.data).items() if name != "moved"}
+    given = {name: folder and folder.expanduser() for name, folder in vars(a.data).items() if name != "moved"}
     if a.seeds < 1:
         raise UserError(f"--seeds {a.seeds} must be at least 1")
     if a.seed is not None and not 0 <= a.seed < (a.seeds if a.seeds > 1 else a.seed + 1):
         raise UserError(f"--seed {a.seed} " + ("must not be negative" if a.seed < 0 else f"is none of --seeds {a.seeds}: 0 to {a.seeds - 1}"))
     for name, folder in given.items():
-        if folder is not None and not folder.expanduser().exists():
+        if folder is not None and not folder.exists():
             raise UserError(f"--data.{name} {folder}: is missing; give the folder of the data")
-    if a.launcher and not shutil.which(shlex.split(a.launcher)[0]):
+    launcher, options = _words("--launcher", a.launcher), _words("--options", a.options)
+    if launcher and not shutil.which(launcher[0]):
         raise UserError(f"--launcher {a.launcher}: there is no such command")
+    if own := [word for word in options if word.partition("=")[0] in ("--data.root", "--data.mixture", "--train.seed", "--out")]:
+        raise UserError(f"--options {own[0]}: data is given as --data.NAME, seeds as --seeds, and places as --out, so that what is kept stays comparable")
+    if a.script is not None and a.dry_run:
+        raise UserError("--script and --dry-run: give one of them")
     if not a.tables:
         if alone := [name for name, on in (("--only", a.only), ("--columns", a.columns), ("--dry-run", a.dry_run), ("--script", a.script), ("--trial", a.trial), ("--options", a.options)) if on]:
             raise UserError(f"{alone[0]} needs a TABLE; without one all tables are listed with their cost")
         return _list_tables(a, given)
     found = [table(name) for name in a.tables]
+    scale = a.scale or "tiny"
+    reads = {name for t in found for name in data_names(t, scale, MODELS, EVALUATIONS)}
+    if idle := [name for name, folder in given.items() if folder is not None and name not in reads]:
+        raise UserError(f"--data.{idle[0]}: {' and '.join(a.tables)} at scale {scale} read{'s' * (len(a.tables) == 1)} no such data; what {'is' if len(reads) == 1 else 'are'} read: {', '.join(f'--data.{name}' for name in DATA if name in reads) or 'nothing'}")
     if a.only and len(found) > 1:
         raise UserError(f"--only {' '.join(a.only)}: rows are of one table; name one")
-    return _reproduce(a, found, given, shlex.join(["mae-repro", "reproduce", *args]))
+    return _reproduce(a, found, given, launcher, options)
+
+
+def _words(option: str, text: str) -> tuple[str, ...]:
+    "The words of an option's value, as a shell reads them."
+    from mae_repro.parts.weights import UserError
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise UserError(f"{option} {text}: is not understood ({error})") from None
 
 # %% ../nbs/80_cli.ipynb #4e900002
 def _list_tables(a: ReproduceArgs, given: dict) -> int:
     "All tables, with their cost on this machine."
     from mae_repro.reproduction.catalogue import TABLES, estimate, machine_speed
-    from mae_repro.reproduction.tables import SCALES
+    from mae_repro.reproduction.columns import MODELS
+    from mae_repro.reproduction.tables import SCALES, rows_at
     device = _device("auto").type
     speed, scales, rows, width = machine_speed(device), (a.scale,) if a.scale else SCALES, [], max(map(len, TABLES))
     out = sys.stderr if a.json == "-" else sys.stdout
@@ -1635,8 +1657,9 @@ def _list_tables(a: ReproduceArgs, given: dict) -> int:
           f"{'table':{width}} rows  " + "  ".join(f"{scale:>19}" for scale in scales), file=out, flush=True)
     for t in TABLES.values():
         costs = {scale: estimate(t, scale, speed, given) for scale in scales}
-        rows.append({"table": t.key, "title": t.title, "source": t.source, "rows": len(t.rows), "cost": costs})
-        print(f"{t.key:{width}} {len(t.rows):4}  " + "  ".join(f"{_hours(c.hours):>9} {c.bytes / 2 ** 30:6,.1f} GB" for c in costs.values()) + f"  {t.title} ({t.source})", file=out, flush=True)
+        number = max(len(rows_at(t, scale, MODELS)) for scale in scales)
+        rows.append({"table": t.key, "title": t.title, "source": t.source, "rows": number, "cost": costs})
+        print(f"{t.key:{width}} {number:4}  " + "  ".join(f"{_hours(c.hours):>9} {c.bytes / 2 ** 30:6,.1f} GB" for c in costs.values()) + f"  {t.title} ({t.source})", file=out, flush=True)
     print("\nmae-repro reproduce TABLE --dry-run prints the commands; --scale small or paper needs data (--data.images DIR ...)", file=out)
     emit(rows, a.json)
     return 0
@@ -1647,7 +1670,7 @@ def _hours(hours: float) -> str:
     return f"{60 * hours:.0f} min" if hours < 2 else f"{hours:,.0f} h"
 
 
-def _reproduce(a: ReproduceArgs, tables: list, given: dict, typed: str) -> int:
+def _reproduce(a: ReproduceArgs, tables: list, given: dict, launcher: tuple[str, ...], options: tuple[str, ...]) -> int:
     "Run these tables, or say what would be run."
     from mae_repro.parts.weights import UserError
     from mae_repro.reproduction import results, runner
@@ -1655,27 +1678,27 @@ def _reproduce(a: ReproduceArgs, tables: list, given: dict, typed: str) -> int:
     from mae_repro.reproduction.tables import table_steps
     scale = a.scale or "tiny"
     home, seeds = a.out / (f"trial-{scale}" if a.trial else scale), (a.seed,) if a.seed is not None else tuple(range(a.seeds))
-    options, of = tuple(shlex.split(a.options)), dict(scale=scale, given=given, home=home)
+    of = dict(scale=scale, given=given, home=home, options=options)
     numbers = [(t, *number) for t in tables for number in table_steps(t, scale, seeds, given, home, MODELS, EVALUATIONS, a.only, a.trial, a.columns, options)]
     if not numbers:
         raise UserError(f"{', '.join(t.key for t in tables)}: nothing to do at scale {scale}")
     if a.script is not None:
-        return _write_script(a, numbers, scale)
+        return _write_script(a, numbers, scale, given)
     steps = runner.flat(step for *_, step in numbers)
     if a.dry_run:
         emit([step.line() for step in steps], a.json, "\n".join(step.line() + "    # done" * step.done.is_file() for step in steps))
         return 0
     runner.check_data(home, given, sorted({name for step in steps for name in step.data}), a.data.moved)
     out = sys.stderr if a.json == "-" else sys.stdout
-    failed = runner.run_steps([step for *_, step in numbers], home, tuple(shlex.split(a.launcher)), a.json != "-" or sys.stderr.isatty())
+    failed = runner.run_steps([step for *_, step in numbers], home, launcher, a.json != "-" or sys.stderr.isatty())
     if a.trial:
         print(f"{len(steps) - len(failed)} of {len(steps)} commands begin as they should; {home} may be deleted", file=out)
         emit([{"command": step.line(), "begins": step not in failed} for step in steps], a.json)
     else:
-        found = [results.collect(t, seeds=seeds, command=typed, columns=a.columns, only=a.only, options=options, **of) for t in tables]
+        found = [results.collect(t, seeds=seeds, columns=a.columns, only=a.only, **of) for t in tables]
         everything = tuple(sorted({*seeds, *results.finished_seeds(home)}))
         for one, t in zip(found, tables):  # the files hold all that is finished, what is printed is what was asked for
-            path = results.write_results(results.collect(t, seeds=everything, command=typed, options=options, **of), home / "tables")
+            path = results.write_results(results.collect(t, seeds=everything, **of), home / "tables")
             print(results.to_markdown(one) + f"\n{path}\n", file=out)
         emit(found, a.json)
     if failed:
@@ -1683,15 +1706,17 @@ def _reproduce(a: ReproduceArgs, tables: list, given: dict, typed: str) -> int:
     return 1 if failed else 0
 
 
-def _write_script(a: ReproduceArgs, numbers: list, scale: str) -> int:
+def _write_script(a: ReproduceArgs, numbers: list, scale: str, given: dict) -> int:
     "A line for each row and seed."
     from mae_repro.parts.weights import UserError
+    from mae_repro.reproduction.columns import EVALUATIONS, MODELS
     from mae_repro.reproduction.runner import job_script
+    from mae_repro.reproduction.tables import data_names
     python = [sys.executable, "-m", "mae_repro.cli"]  # the environment may not be active where a job runs
-    kept = [word for name, folder in vars(a.data).items() if name != "moved" and folder is not None for word in (f"--data.{name}", str(folder.resolve()))]
-    kept += [*(("--columns", *a.columns) if a.columns else ()), "--out", str(a.out.resolve()), *(("--launcher", a.launcher) if a.launcher else ()), *((f"--options={a.options}",) if a.options else ()), *(("--trial",) if a.trial else ()), *(("--data.moved",) if a.data.moved else ())]
-    jobs = dict.fromkeys((t.key, row.key, seed) for t, row, seed, _, _ in numbers)
-    lines = [shlex.join([*python, "reproduce", key, "--scale", scale, "--only", row, "--seed", str(seed), *kept]) for key, row, seed in jobs]
+    data = lambda t: [word for name in data_names(t, scale, MODELS, EVALUATIONS) if given[name] is not None for word in (f"--data.{name}", str(given[name].resolve()))]
+    kept = [*(("--columns", *a.columns) if a.columns else ()), "--out", str(a.out.resolve()), *(("--launcher", a.launcher) if a.launcher else ()), *((f"--options={a.options}",) if a.options else ()), *(("--trial",) if a.trial else ()), *(("--data.moved",) if a.data.moved else ())]
+    jobs = {(t.key, row.key, seed): t for t, row, seed, _, _ in numbers}
+    lines = [shlex.join([*python, "reproduce", key, "--scale", scale, "--only", row, "--seed", str(seed), *data(t), *kept]) for (key, row, seed), t in jobs.items()]
     try:
         a.script.parent.mkdir(parents=True, exist_ok=True)
         a.script.write_text(job_script(lines, "-".join(dict.fromkeys(t.key for t, *_ in numbers))), encoding="utf-8")

@@ -186,9 +186,11 @@ def test_recording_leaves_no_hooks():
 
 
 def test_measure():
-    found = measure(KINDS["mae"], 2, rounds=1)
+    found = measure({"a": KINDS["mae"], "b": KINDS["mae"]}, 2, rounds=3)
     step = Step(KINDS["mae"], 2)
-    assert found["samples_per_s"] > 0 and found["peak_bytes"] == 16 * count_parameters(KINDS["mae"])["trainable"] + saved_bytes(step.model, step.views)
+    assert found["a"]["samples_per_s"] > 0 and found["a"]["peak_bytes"] == found["b"]["peak_bytes"] == 16 * count_parameters(KINDS["mae"])["trainable"] + saved_bytes(step.model, step.views)
+    (middle, low, high), own = found["b"]["speedup"], found["a"]["speedup"]
+    assert own == (1., 1., 1.) and 0 < low <= middle <= high
 
 
 # ---------------------------------------------------------------- plans

@@ -304,7 +304,7 @@ def test_left_out_images_are_noted_once_and_nothing_at_all_is_an_error(folder, t
 def test_beginnings_that_were_killed_or_raced(made, folder, tmp_path, monkeypatch):
     from mae_repro.views import making
     (tmp_path / "bags").mkdir()
-    (tmp_path / "bags/.make.json.123").write_text("{")   # killed while it was written
+    (tmp_path / "bags/make.json.tmp-123").write_text("{")   # killed while it was written
     assert make_views(open_images(folder), Painter(), tmp_path / "bags", MakeConfig(3, per_shard=4), progress=False)["made"] == 11
     out, real = tmp_path / "race", making.os.scandir
 

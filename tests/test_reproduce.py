@@ -242,6 +242,27 @@ def test_a_training_that_outlived_its_reproduce_is_waited_for(toy, capsys):
     assert "commit cccccccccccc, dddd-dirty" in results.to_markdown(results.collect(t, "tiny", (0,), {}, home))
 
 
+def test_a_training_that_had_no_lock_yet_is_waited_for(toy, monkeypatch):
+    "It was begun seconds before: ours fails, because the folder is taken; what the other makes counts."
+    t, make, said, behave, home = toy
+    first, before = runner.flat(make())[0], runner.call
+    code = ("import pathlib, sys, time; from mae_repro.parts.weights import file_lock\nplace = pathlib.Path(sys.argv[1])\nplace.mkdir(parents=True)\n"
+            "with file_lock(place / 'lock'):\n    print(1, flush=True); time.sleep(1)\n    (place / 'summary.json').write_text('{\"seconds\": 7}')")
+    others = []
+
+    def call(words, log, launcher=(), show=False):
+        if words[0] == "pretrain" and not others:
+            others.append(subprocess.Popen([sys.executable, "-c", code, first.place], stdout=subprocess.PIPE))
+            others[0].stdout.readline()
+            said.append(words)
+            log.write_text("not empty")
+            return 2, False
+        return before(words, log)
+    monkeypatch.setattr(runner, "call", call)
+    assert runner.run_steps(make(), home, progress=False) == [] and [w[0] for w in said] == ["pretrain", "probe", "match"] * 2
+    assert others[0].wait() == 0 and not list(home.rglob("*.failed.json")) and json.loads((first.place / "summary.json").read_text()) == {"seconds": 7}
+
+
 def test_seconds_of_all_sessions_are_added(toy, monkeypatch):
     t, make, said, behave, home = toy
     behave["pretrain"] = 130

@@ -12,6 +12,7 @@ import functools
 import re
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -289,17 +290,25 @@ def benchmark(steps: dict[str, Step], rounds: int = 7, warmup: int = 2, progress
     return [Timing(name, len(steps[name].views), tuple(s)) for name, s in found.items()]
 
 # %% ../../nbs/analysis/53_cost.ipynb #22bcd2f9
-def measure(config: ModelConfig, batch_size: int, device: str = "cpu", precision: str = "fp32", rounds: int = 5) -> dict:
-    "Samples/s (median of `rounds` steps), and peak memory in bytes with the way it was found, of a training step on random images."
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    step = Step(config, batch_size, device, precision)
-    timing = benchmark({"": step}, rounds, warmup=2)[0]
-    if device == "cuda":
-        peak, way = torch.cuda.max_memory_allocated(), "torch.cuda.max_memory_allocated"
-    else:
-        with step.autocast():
-            saved = saved_bytes(step.model, step.views)
-        peak, way = 16 * count_parameters(config)["trainable"] + saved, "counted: weights, gradients, AdamW and what autograd saved"
-    return {"samples_per_s": timing.images_per_s, "batch_size": batch_size, "device": device, "precision": precision, "peak_bytes": peak, "peak_is": way}
+def measure(configs: Mapping[str, ModelConfig], batch_size: int, device: str = "cpu", precision: str = "fp32", rounds: int = 7) -> dict[str, dict]:
+    """For each name: samples/s (median of `rounds` steps, in turn with those of the others), and peak memory in bytes with the way it was found, of a training step on random images.
+
+    `speedup`: over the first name, within a round: median, smallest, largest."""
+    steps, peaks = {}, {}
+    for name, config in configs.items():
+        before = 0
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()  # what was set up for the names before
+        step = steps[name] = Step(config, batch_size, device, precision)
+        if device == "cuda":
+            step()
+            peaks[name] = torch.cuda.max_memory_allocated() - before, "torch.cuda.max_memory_allocated"
+        else:
+            with step.autocast():
+                saved = saved_bytes(step.model, step.views)
+            peaks[name] = 16 * count_parameters(config)["trainable"] + saved, "counted: weights, gradients, AdamW and what autograd saved"
+    timings = benchmark(steps, rounds)
+    return {t.name: {"samples_per_s": t.images_per_s, "speedup": t.speedup_over(timings[0]), "batch_size": batch_size, "device": device, "precision": precision, "peak_bytes": peaks[t.name][0], "peak_is": peaks[t.name][1]}
+            for t in timings}

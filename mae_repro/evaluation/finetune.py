@@ -32,12 +32,12 @@ from torchvision.transforms import v2
 from .classifier import Classifier, layer_groups, published_state, sizes, tunable
 from .probes import check_labels, wilson
 from ..parts.patches import normalise
-from ..parts.weights import UserError, save_state
+from ..parts.weights import UserError, save_state, write_json
 from ..training.checkpoints import latest_checkpoint
 from ..training.config import OptimConfig, TrainConfig, from_plain, optim_rules, refuse, train_rules
 from ..training.optimisation import adamw, peak_lr
 from ..training.pretrain import (Interrupt, Trainer, fit, ignore_signals, is_finished, log, new_run_dir, on_main, processes, read_metrics, settings_hash, start_accelerator,
-                                         train_in, write_json)
+                                         train_in)
 from ..views.pairs import sample_seeds
 from ..views.photos import BrokenImage, EvalCrop
 from ..views.samples import PATIENCE, EpochBatches, loader

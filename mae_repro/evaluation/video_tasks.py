@@ -12,7 +12,6 @@ import csv
 import io
 import json
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +28,7 @@ from .propagation import Propagator, at_size, class_iou, confusion, davis_statis
 from .video_data import (TASKS, Task, Truth, Video, input_size, joint_maps, joint_places, nearest, open_videos, prepare_frame, prepare_labels, read_frame,
                                              read_ids, read_joints, to_pixels)
 from ..parts.features import encoder_patch_size, fingerprint
-from ..parts.weights import UserError
+from ..parts.weights import UserError, write_json, write_text
 from ..views.layouts import davis_palette
 from ..views.photos import BrokenImage
 
@@ -243,13 +242,6 @@ def _save_video(out: Path, video: Video, pictures: dict[int, Image.Image], preds
         np.save(out / "predictions" / stem / "joints.npy", np.stack(preds, axis=2))
 
 # %% ../../nbs/evaluation/45_video_tasks.ipynb #7bf01c85
-def _write(path: Path, text: str):
-    "Aside first, then renamed: a crash never leaves half a file."
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    aside.write_text(text)
-    os.replace(aside, path)
-
-
 class Folder:
     """The folder of a run (None: nothing is written): `settings.json`, `finished.json`, `scores.csv`.
 
@@ -266,7 +258,7 @@ class Folder:
             self.finished = dict(json.loads(done.read_text())) if done.is_file() else {}
             if own.is_file() and self.finished:   # a run that finished nothing, perhaps because of a wrong option, binds nobody
                 self._compare(json.loads(own.read_text()), settings)
-            _write(own, json.dumps(settings, indent=1))
+            write_json(own, settings)
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError):
             raise UserError(f"{self.path}: its settings.json or finished.json is damaged: choose another folder, or delete this one") from None
         except OSError as error:
@@ -283,13 +275,13 @@ class Folder:
     def add(self, name: str, judged: dict):
         self.finished[name] = judged
         if self.path:
-            _write(self.path / "finished.json", json.dumps(self.finished))
+            write_json(self.path / "finished.json", self.finished)
             rows = [row for video in self.finished.values() for row in video["rows"]]
             text = io.StringIO(newline="")
             table = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
             table.writeheader()
             table.writerows(rows)
-            _write(self.path / "scores.csv", text.getvalue())
+            write_text(self.path / "scores.csv", text.getvalue())
 
 # %% ../../nbs/evaluation/45_video_tasks.ipynb #52ba8a81
 @dataclass(frozen=True)
@@ -331,8 +323,8 @@ def _run(task: Task, videos: list[Video], out, config: TaskConfig, settings: dic
     result = TaskResult(task, settings["encoder"], summarise(task, done), intervals(task, done), [row for d in done for row in d["rows"]], settings, len(done),
                         sum(d["frames"] for d in done), round(sum(d["seconds"] for d in done), 2))
     if folder.path:
-        _write(folder.path / "result.json", json.dumps(asdict(result), indent=1))
-        _write(folder.path / "table.txt", format_table(result) + "\n")
+        write_json(folder.path / "result.json", asdict(result))
+        write_text(folder.path / "table.txt", format_table(result) + "\n")
     return result
 
 

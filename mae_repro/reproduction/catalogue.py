@@ -18,8 +18,7 @@ from ..parts.patches import grid_size
 from ..parts.weights import UserError
 from . import cdgmae_tables, crossmae_tables, mum_tables
 from .columns import EVALUATIONS, MODELS
-from .tables import DATA, Scale, Table, config_of, evaluations_of, rows_at, training_words
-from ..training.config import Config
+from .tables import DATA, Evaluation, Scale, Table, config_of, evaluations_of, rows_at, training_words
 from ..training.recipes import recipe
 
 # %% ../../nbs/reproduction/76_catalogue.ipynb #5638825c
@@ -84,10 +83,9 @@ def estimate(found: Table, scale: Scale, speed: float, given: Mapping[str, Path 
             if evaluation.commands[scale] in seen:
                 continue  # a second number of the same command
             seen.add(evaluation.commands[scale])
-            seconds += _START + (evaluation.seconds if scale == "tiny" else 0)
-            if words and scale != "tiny" and evaluation.trains:
-                config = config_of(tuple(words))
-                seconds += 2 * count_parameters(config.method)["encoder"] * _patches(config) * evaluation.images.get(scale, 0) / speed
+            seconds += _START + (evaluation.seconds if scale == "tiny" else _operations(words, evaluation, scale) * evaluation.images.get(scale, 0) / speed)
+            if words and evaluation.commands[scale].startswith("finetune"):
+                size += 16 * count_parameters(config_of(tuple(words)).method)["encoder"]  # the last state, and the best weights
             if words and evaluation.trains and tuple(words) not in trainings:
                 trainings.add(tuple(words))
                 seconds += training_seconds(words, given, speed)
@@ -95,6 +93,12 @@ def estimate(found: Table, scale: Scale, speed: float, given: Mapping[str, Path 
     return Estimate((seconds + _MADE * len(data)) / 3600, size, len(trainings), numbers)
 
 
-def _patches(config: Config) -> int:
+def _operations(words: list[str] | None, evaluation: Evaluation, scale: Scale) -> float:
+    "Of an evaluation, for each picture: the row's encoder, or a training step of it; a ViT-B/16 where the row has no model."
+    if words and "{recipe}" in evaluation.commands[scale]:
+        return 3e9 * forward_gflops(config_of(tuple(words)).method)["total"]
+    if not (words and evaluation.trains):
+        return 3.5e10
+    config = config_of(tuple(words))
     gh, gw = grid_size((config.method.img_size,) * 2, config.method.patch_size)
-    return gh * gw
+    return 2 * count_parameters(config.method)["encoder"] * gh * gw

@@ -15,7 +15,7 @@ from .tables import Row, Table
 _MATCHED = ("epe", "robustness")
 _BASE = "ViT-B/16, 100k steps, MegaDepth, linear probe on frozen features"
 _LARGE = "ViT-L/16, 500k steps of 6,144 frames, frozen"
-_ENCODERS = (Row("mum", "MuM", "mum-l", paper={"epe": 10.2, "robustness": 94.2, "epe-scannet": 27.9, "auc5": 26.7}), Row("mae", "MAE, same frames", "mae-frames"), Row("croco", "CroCo v2, same frames", "croco-frames"),
+_ENCODERS = (Row("mum", "MuM", "mum-l", paper={"epe": 10.2, "robustness": 94.2, "epe-scannet": 27.9, "auc5": 26.7}), Row("mae", "MAE, same frames", "mae-frames-l"), Row("croco", "CroCo v2, same frames", "croco-frames-l"),
              Row("untrained", "MuM's encoder, untrained", "mum-l", untrained=True, scales=("tiny", "small")),
              Row("mae-imagenet", "MAE, ViT-L/16, ImageNet", encoder={"paper": "vit_large_patch16_224.mae"}, scales=("paper",), paper={"epe": 29.7, "robustness": 73.4, "epe-scannet": 35.0}),
              Row("dinov3", "DINOv3, ViT-L/16", encoder={"paper": "vit_large_patch16_dinov3.lvd1689m"}, scales=("paper",), paper={"epe": 19.0, "robustness": 86.4, "epe-scannet": 28.7, "auc5": 15.6}))

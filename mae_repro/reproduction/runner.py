@@ -20,10 +20,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 # %% ../../nbs/reproduction/77_runner.ipynb #a8c3894e
-from ..parts.weights import UserError, file_lock
+from ..parts.weights import UserError, file_lock, write_json
 from .tables import Step
 from ..training.checkpoints import list_checkpoints
-from ..training.pretrain import TrainingStopped, environment, write_json
+from ..training.pretrain import TrainingStopped, environment
 
 # %% ../../nbs/reproduction/77_runner.ipynb #f81d1763
 def command_of(step: Step) -> tuple[str, ...]:
@@ -104,44 +104,60 @@ def _note(step: Step, seconds: float, further: bool) -> None:
     write_json(path, {"command": step.line(), "seconds": round(before + seconds, 1), **{k: v for k, v in environment().items() if k != "command"}})
 
 
+def _outlived(step: Step) -> bool:
+    "Wait for a command that outlived the `reproduce` which began it, and was killed; whether there was one."
+    lock = step.place / "lock"
+    if not lock.is_file():
+        return False
+    with file_lock(lock) as held:
+        if held is not False:
+            return False
+    with file_lock(lock, wait=True, waiting=f"waiting for the process that works in {step.place}"):
+        return True
+
+
+def _try(step: Step, launcher: tuple[str, ...], show: bool) -> int:
+    "Run a step's command, unless it is done: the exit code, 0 if it is done then. TrainingStopped if it was asked to stop."
+    for left in step.place.parent.glob(f"{step.place.name}.tmp-*"):
+        left.unlink()
+    if step.done.is_file():
+        return 0
+    step.place.parent.mkdir(parents=True, exist_ok=True)
+    aside, words = beside(step, f"tmp-{os.getpid()}"), command_of(step)
+    if step.kind == "data" or words[0] == "pretrain":
+        shutil.rmtree(step.place, ignore_errors=True)
+    several = launcher if step.command[0] in ("pretrain", "finetune") else ()
+    try:
+        start = time.perf_counter()
+        code, stopped = call([*words, "--json", str(aside)], beside(step, "log"), several, show)
+        done = code == 0 and aside.is_file()
+        if done or (stopped and step.kind == "train"):
+            _note(step, time.perf_counter() - start, words[0] == "resume")
+        if done and step.kind != "train":
+            os.replace(aside, step.done)
+    finally:
+        aside.unlink(missing_ok=True)
+    if stopped:
+        raise TrainingStopped("interrupted; the same command goes on where it was")
+    return 0 if step.done.is_file() else code or 1
+
+
 def run_step(step: Step, home: Path, launcher: tuple[str, ...] = (), show: bool = False) -> bool:
     "Do one step, if it is not done; whether it is done now. The steps before it must be done."
     if step.done.is_file():
         return True
-    lock = home / "locks" / f"{step.place.name}.lock"
+    lock, log, failed = home / "locks" / f"{step.place.name}.lock", beside(step, "log"), beside(step, "failed.json")
     lock.parent.mkdir(parents=True, exist_ok=True)
     with file_lock(lock, wait=True, waiting=f"waiting for another process that makes {step.place.name}"):
-        if (step.place / "lock").is_file():  # a command outlives a `reproduce` that was killed
-            with file_lock(step.place / "lock", wait=True, waiting=f"waiting for the process that works in {step.place}"):
-                pass
-        for left in step.place.parent.glob(f"{step.place.name}.tmp-*"):
-            left.unlink()
-        if step.done.is_file():
-            return True
-        step.place.parent.mkdir(parents=True, exist_ok=True)
-        aside, log, words = beside(step, f"tmp-{os.getpid()}"), beside(step, "log"), command_of(step)
-        if step.kind == "data" or words[0] == "pretrain":
-            shutil.rmtree(step.place, ignore_errors=True)
-        several = launcher if step.command[0] in ("pretrain", "finetune") else ()
-        try:
-            start = time.perf_counter()
-            code, stopped = call([*words, "--json", str(aside)], log, several, show)
-            done = code == 0 and aside.is_file()
-            if done or (stopped and step.kind == "train"):
-                _note(step, time.perf_counter() - start, words[0] == "resume")
-            if done:
-                beside(step, "failed.json").unlink(missing_ok=True)
-                if step.kind != "train":
-                    os.replace(aside, step.done)
-        finally:
-            aside.unlink(missing_ok=True)
-        if stopped:
-            raise TrainingStopped("interrupted; the same command goes on where it was")
-        if done:
-            return step.done.is_file()
-        write_json(beside(step, "failed.json"), {"command": step.line(), "code": code, "said": _last_line(log) or "see above", "log": str(log),
-                                                "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds")})
-        return False
+        _outlived(step)
+        code = _try(step, launcher, show)
+        while code and _outlived(step):  # it had begun, and had no lock yet: ours was the second
+            code = _try(step, launcher, show)
+        if code:
+            write_json(failed, {"command": step.line(), "code": code, "said": _last_line(log) or "see above", "log": str(log), "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds")})
+        else:
+            failed.unlink(missing_ok=True)
+    return not code
 
 # %% ../../nbs/reproduction/77_runner.ipynb #5ecf74ac
 def flat(steps: Iterable[Step]) -> list[Step]:

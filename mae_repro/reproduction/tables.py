@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Scale', 'SCALES', 'Words', 'DATA', 'Folders', 'words_at', 'Evaluation', 'Row', 'Table', 'Data', 'data_words',
            'config_of', 'Step', 'slug', 'training_name', 'data_steps', 'train_step', 'evaluate_step', 'evaluations_of',
-           'training_words', 'rows_at', 'trial_words', 'table_steps']
+           'training_words', 'data_names', 'rows_at', 'trial_words', 'table_steps']
 
 # %% ../../nbs/reproduction/71_tables.ipynb #87fd7555
 import hashlib
@@ -248,6 +248,14 @@ def training_words(row: Row, scale: Scale, models: Mapping[str, Mapping[Scale, s
         return None
     options = words_at(row.options, scale)
     return None if options is None else shlex.split(models[row.model][scale]) + options
+
+
+def data_names(table: Table, scale: Scale, models: Mapping[str, Mapping[Scale, str]], evaluations: Mapping[str, Evaluation]) -> list[str]:
+    "Names of all data that the table reads at a scale."
+    rows = rows_at(table, scale, models)
+    words = [*(evaluations[key].commands[scale] for key in evaluations_of(table, scale, evaluations)), *(word for row in rows for word in training_words(row, scale, models) or []),
+             *(word for row in rows for value in row.names.values() for word in words_at(value, scale) or [])]
+    return [name for name in DATA if any("{%s}" % name in word for word in words)]
 
 
 def rows_at(table: Table, scale: Scale, models: Mapping[str, Mapping[Scale, str]]) -> list[Row]:

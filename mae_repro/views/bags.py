@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 # %% ../../nbs/views/24_bags.ipynb #fc3b742d
-from ..parts.weights import UserError, cache_dir
+from ..parts.weights import UserError, cache_dir, written_whole
 from .pairs import Crop, check_views, distinct
 from .photos import BrokenImage, is_picture, load_image, walk
 from .videos import Listed, Sequences, natural
@@ -290,10 +290,8 @@ def _shard_index(path: str) -> tuple[list[str], np.ndarray, np.ndarray, int]:
     except Exception as error:  # numpy raises nearly anything on damaged files
         log.warning("%s is damaged (%s); it is made again", kept, error)
     keys, sizes, spans, broken = _read_shard(path)
-    aside = kept.with_name(f"{name}.tmp-{os.getpid()}")
-    with open(aside, "wb") as file:
+    with written_whole(kept) as aside, open(aside, "wb") as file:
         np.savez(file, keys=np.array([os.fsencode(key) for key in keys], dtype=bytes), sizes=sizes, spans=spans, broken=broken)
-    os.replace(aside, kept)
     return keys, sizes, spans, broken
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 # %% ../../nbs/views/35_making.ipynb #46abb110
-from ..parts.weights import UserError
+from ..parts.weights import UserError, write_json
 from .generators import Generator, Picture
 from .photos import BrokenImage, ImageSet
 from .shards import keys_of, open_part
@@ -98,14 +98,12 @@ def _manifest(out: Path, images: ImageSet, generator: Generator, config: MakeCon
             raise UserError(f"{out} was begun with other settings: {k.replace('_', '-')} {_short(there)} there, {_short(here)} now. Give the same, or another --out")
         return ours
     try:
-        if out.exists() and (not out.is_dir() or any(not e.name.startswith((".locks", f".{MANIFEST}.")) for e in os.scandir(out))):
+        if out.exists() and (not out.is_dir() or any(not e.name.startswith((".locks", f"{MANIFEST}.")) for e in os.scandir(out))):
             if path.is_file():  # another process was quicker
                 return _manifest(out, images, generator, config)
             raise UserError(f"{out} is {'not empty' if out.is_dir() else 'a file'}, and nothing was being made in it: give a folder that is new or empty")
         out.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{MANIFEST}.{os.getpid()}")
-        aside.write_text(json.dumps(ours | {"versions": _versions()}, indent=1) + "\n")
-        os.replace(aside, path)
+        write_json(path, ours | {"versions": _versions()})
     except OSError as error:
         raise UserError(f"cannot write {error.filename or out}: {error.strerror or error}. Give another --out") from error
     return ours

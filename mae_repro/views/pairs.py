@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 # %% ../../nbs/views/22_pairs.ipynb #4ceaae7e
 from ..parts.patches import show_images
-from ..parts.weights import UserError, cache_dir
+from ..parts.weights import UserError, cache_dir, written_whole
 from .photos import BrokenImage, EvalCrop, ImageSet
 
 # %% ../../nbs/views/22_pairs.ipynb #d57cf32f
@@ -309,13 +309,11 @@ def _kept_index(path: Path, n: int, k: int) -> np.ndarray | None:
 
 
 def _keep_index(path: Path, found: np.ndarray):
-    "Written aside, then renamed, so that half a file is never found."
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    "Where that cannot be, the neighbours are looked for again next time."
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb") as file:
+        with written_whole(path) as aside, open(aside, "wb") as file:
             np.save(file, found)
-        os.replace(aside, path)
     except OSError as error:
         log.warning("the neighbours cannot be kept in %s: %s", path.parent, error.strerror or error)
     finally:

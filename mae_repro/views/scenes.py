@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 # %% ../../nbs/views/21_scenes.ipynb #735b6489
-from ..parts.weights import UserError, cache_dir, file_lock
+from ..parts.weights import UserError, cache_dir, file_lock, written_whole
 from .photos import BrokenImage, ImageSet, open_images
 
 # %% ../../nbs/views/21_scenes.ipynb #3d880921
@@ -578,16 +578,12 @@ class Scenes:
     def _make(self, path: Path, alone: bool):
         for left in path.parent.glob(f"{path.name}.tmp-*") if alone else ():
             left.unlink(missing_ok=True)  # of a process that was killed
-        aside, sums = path.with_name(f"{path.name}.tmp-{os.getpid()}"), []
-        try:
-            with open(aside, "wb") as file:
-                for i in tqdm(range(self.num), "rendering scenes", unit="scene", delay=3, leave=False):
-                    pixels = self.scene(i).images.transpose(0, 2, 3, 1).tobytes()
-                    sums.append(zlib.crc32(pixels))
-                    file.write(pixels)
-                file.write(np.array(sums, "<u4").tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        sums = []
+        with written_whole(path) as aside, open(aside, "wb") as file:
+            for i in tqdm(range(self.num), "rendering scenes", unit="scene", delay=3, leave=False):
+                pixels = self.scene(i).images.transpose(0, 2, 3, 1).tobytes()
+                sums.append(zlib.crc32(pixels))
+                file.write(pixels)
+            file.write(np.array(sums, "<u4").tobytes())
+            file.flush()
+            os.fsync(file.fileno())

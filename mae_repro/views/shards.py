@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 # %% ../../nbs/views/36_shards.ipynb #ee1e2d8e
-from ..parts.weights import UserError, file_lock
+from ..parts.weights import UserError, file_lock, write_text
 from .bags import BLOCK, Bags, bag_order, find_bags, read_shard
 from .photos import BrokenImage, is_picture, load_image, walk
 from .videos import natural
@@ -163,9 +163,7 @@ class ShardPart:
         with _disk(self.path):
             os.fsync(self.file.fileno())
             self.file.close()
-            aside = self.final.with_name(f".{self.final.name}.json")
-            aside.write_text(json.dumps(about) + "\n")
-            os.replace(aside, self.final.with_name(f"{self.final.name}.json"))
+            write_text(f"{self.final}.json", json.dumps(about) + "\n")
             os.replace(self.path, self.final)
 
     def close(self):
@@ -249,9 +247,7 @@ def _begin(out: Path, bags: Bags, plan: dict) -> None:
         if path.is_file() and path.read_text() != text:
             raise UserError(f"{out} holds a conversion of other bags, or one with other settings: give the settings of then, or a folder that is new or empty")
         out.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        aside.write_text(text)
-        os.replace(aside, path)
+        write_text(path, text)
 
 
 def _kept(bags: Bags, keep: Sequence[Sequence[int]] | None) -> tuple[list[int], list[list[int] | None]]:
