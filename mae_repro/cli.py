@@ -1618,7 +1618,7 @@ def reproduce(args: list[str]) -> int:
     launcher, options = _words("--launcher", a.launcher), _words("--options", a.options)
     if launcher and not shutil.which(launcher[0]):
         raise UserError(f"--launcher {a.launcher}: there is no such command")
-    if own := [word for word in options if word.partition("=")[0] in ("--data.root", "--data.mixture", "--train.seed", "--out")]:
+    if own := [word for word in options if word.partition("=")[0] in ("--data.root", "--train.seed", "--out")]:
         raise UserError(f"--options {own[0]}: data is given as --data.NAME, seeds as --seeds, and places as --out, so that what is kept stays comparable")
     if a.script is not None and a.dry_run:
         raise UserError("--script and --dry-run: give one of them")
@@ -1746,7 +1746,7 @@ def ledger(args: list[str]) -> int:
     if not found:
         raise UserError(f"--results {a.results}: holds no table (TABLE.json); give OUT/SCALE/tables of mae-repro reproduce")
     rows = judged(found)
-    lines = [f"{r['verdict'].upper():13}  {r['claim']} ({r['source']}{'; paper: ' + r['paper'] if r['paper'] else ''})" + (f"\n{'':15}{r['ours']}" if r["ours"] else "") for r in rows]
+    lines = [f"{r['verdict'].upper():13}  {r['claim']} ({r['source']}{'; paper: ' + r['paper'] if r['paper'] else ''})" + (f"\n{'':15}{r['ours']}" if r["ours"] else "") + (f"\n{'':15}({r['caveat']})" if r["caveat"] else "") for r in rows]
     count = {v: sum(r["verdict"] == v for r in rows) for v in ("holds", "does not hold", "undecided", "not run")}
     emit(rows, a.json, "\n".join([*lines, "", ", ".join(f"{n} {v}" for v, n in count.items())]))
     return 0

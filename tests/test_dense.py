@@ -2,7 +2,6 @@
 import json
 import math
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +25,7 @@ from mae_repro.views.layouts import write_layout
 from mae_repro.views.photos import BrokenImage
 from mae_repro.views.posed import RenderedScenes, SceneFolders
 from mae_repro.views.scenes import render
+from miniatures import write_ade20k, write_nyu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 quiet = dict(progress=False)
@@ -168,21 +168,8 @@ def test_things_of_rendered_scenes():
     assert set(train.groups) == {scenes.name(0), scenes.name(1)} and set(test.groups) == {scenes.name(2)} and len(test) == 2
 
 
-def make_ade(root: Path, n=4):
-    for part in ("training", "validation"):
-        for kind in ("images", "annotations"):
-            (root / kind / part).mkdir(parents=True)
-        for i in range(n):
-            labels = np.zeros((18, 24), np.uint8)
-            labels[:, 12:] = 1 + i % 2
-            labels[:4] = 150
-            labels[0, 0] = 0
-            Image.fromarray(np.repeat((labels * np.uint8(90))[..., None], 3, 2).astype(np.uint8)).save(root / f"images/{part}/ADE_{i}.jpg")
-            Image.fromarray(labels).save(root / f"annotations/{part}/ADE_{i}.png")
-
-
 def test_ade20k(tmp_path):
-    make_ade(tmp_path)
+    write_ade20k(tmp_path)
     train, test = open_maps(tmp_path, "segmentation", "ade20k")
     image, truth = train.load(1, (18, 24))
     assert (len(train), len(test), len(train.classes)) == (4, 4, 150) and image.size == (24, 18)
@@ -213,14 +200,7 @@ def test_voc(tmp_path):
 
 
 def test_nyu(tmp_path):
-    (tmp_path / "bathroom").mkdir()
-    depth = np.full((480, 640), 1500, np.uint16)
-    depth[:, 320:] = 3000
-    for i in (1, 2):
-        Image.new("RGB", (640, 480), (90, 90, 90)).save(tmp_path / f"bathroom/rgb_{i}.jpg")
-        Image.fromarray(depth).save(tmp_path / f"bathroom/sync_depth_{i}.png")
-    for part, i in (("train", 1), ("test", 2)):
-        (tmp_path / f"nyu_{part}.txt").write_text(f"/bathroom/rgb_{i}.jpg /bathroom/sync_depth_{i}.png 518.8579\n/bathroom/rgb_9.jpg None 518.8579\n")
+    write_nyu(tmp_path)
     train, test = open_maps(tmp_path, "depth", "nyu")
     assert len(train) == len(test) == 1 and train.load(0, (480, 640))[1][0, 0, [0, -1]].tolist() == [1.5, 3.]
     cropped = test.load(0, (480, 640))[1][0]

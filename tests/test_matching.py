@@ -20,6 +20,7 @@ from mae_repro.views.layouts import write_layout
 from mae_repro.views.photos import BrokenImage
 from mae_repro.views.posed import PosedFrame, RenderedScenes
 from mae_repro.views.scenes import correspondences
+from miniatures import write_megadepth, write_scannet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHARED = Path(os.environ.get("MAE_REPRO_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -360,24 +361,8 @@ def test_stereo(tmp_path):
         pairs[2]
 
 
-def write_scan(folder, scene, ids):
-    for name in ("color", "depth", "pose", "intrinsic"):
-        (folder / name).mkdir(parents=True)
-    K = np.eye(4)
-    K[:3, :3] = scene.K
-    np.savetxt(folder / "intrinsic/intrinsic_depth.txt", K)
-    for number, k in ids.items():
-        scene.frame(k).resize((128, 96)).save(folder / f"color/{number}.jpg")
-        Image.fromarray((scene.depth[k] * 1000).round().astype(np.uint16)).save(folder / f"depth/{number}.png")
-        camera = np.eye(4)
-        camera[:3, :3], camera[:3, 3] = scene.R[k], scene.t[k]
-        np.savetxt(folder / f"pose/{number}.txt", np.linalg.inv(camera))
-
-
 def test_scannet(tmp_path, scenes):
-    for name, i in (("scannet_test_1500/scene0707_00", 0), ("scans/scene0000_00", 1), ("scans/scene0001_00", 2), ("scans/scene0002_01", 3)):
-        write_scan(tmp_path / name, scenes.scene(i), {0: 0, 15: 1, 30: 2, 105: 4})
-    np.savez(tmp_path / "test.npz", name=np.array([[707, 0, 15, 105], [707, 0, 0, 30]], np.uint16), score=np.ones(2))
+    write_scannet(tmp_path, scenes)
     splits = D.open_pairs(tmp_path, "scannet", (4, 2, 2), (.05, 1.))
     assert splits.by == "list" and len(splits.test) == 2
     used = [{splits.train.scenes.folders[s].name for s, _, _ in part.index} for part in (splits.train, splits.val)]
@@ -399,37 +384,9 @@ def test_scannet(tmp_path, scenes):
         D.open_pairs(tmp_path, "scannet")
 
 
-def quaternion(R):
-    w = np.sqrt(max(0, 1 + np.trace(R))) / 2
-    return w, *(np.array([R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]]) / (4 * w))
-
-
-def write_megadepth(root, number, scene, model, photos):
-    "Three photographs of a scene: 0 and 1 share both of their points, 2 sees only one of its own. Photograph 3 has no depth."
-    h5py = pytest.importorskip("h5py")
-    dense = root / f"phoenix/S6/zl548/MegaDepth_v1/{number}/dense0/depths"
-    for folder in (dense, model, photos):
-        folder.mkdir(parents=True)
-    (K, (h, w)) = scene.K, scene.depth.shape[1:]
-    (model / "cameras.txt").write_text(f"1 PINHOLE {w} {h} {K[0, 0]} {K[1, 1]} {K[0, 2] + .5} {K[1, 2] + .5}\n")
-    seen, lines = {0: (1, 2), 1: (1, 2), 2: (3,), 3: (1, 2)}, []
-    for k, points in seen.items():
-        lines += [" ".join(map(str, (k + 1, *quaternion(scene.R[k]), *scene.t[k], 1, f"{k}.jpg"))), " ".join(f"{p}.0 {p}.0 {p}" for p in points)]
-        scene.frame(k).save(photos / f"{k}.jpg")
-        if k < 3:
-            with h5py.File(dense / f"{k}.h5", "w") as file:
-                file["depth"] = scene.depth[k]
-    (model / "images.txt").write_text("\n".join(lines) + "\n")
-    (model / "points3D.txt").write_text("".join(f"{p} 0 0 {p} 9 9 9 .1 " + " ".join(f"{k + 1} {points.index(p)}" for k, points in seen.items() if p in points) + "\n" for p in (1, 2, 3)))
-
-
 def test_megadepth(tmp_path, scenes):
-    pytest.importorskip("pycolmap")
-    for i, number in enumerate(("0001", "0015", "0022", "0300")):
-        undistorted = i % 2
-        model = tmp_path / (f"Undistorted_SfM/{number}/sparse" if undistorted else f"MegaDepth_v1_SfM/{number}/sparse/manhattan/0")
-        photos = tmp_path / (f"Undistorted_SfM/{number}/images" if undistorted else f"phoenix/S6/zl548/MegaDepth_v1/{number}/dense0/imgs")
-        write_megadepth(tmp_path, number, scenes.scene(i), model, photos)
+    pytest.importorskip("h5py"), pytest.importorskip("pycolmap")
+    write_megadepth(tmp_path, scenes)
     splits = D.open_pairs(tmp_path, "megadepth", (10, 10, 10))
     world = splits.test.scenes
     assert {world.scene(s) for s, _, _ in splits.test.index} == {"0015", "0022"}

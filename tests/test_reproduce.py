@@ -3,6 +3,7 @@ import csv
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -392,7 +393,7 @@ def test_options_of_ones_own_have_trainings_and_files_of_their_own(toy):
     found = results.collect(t, "tiny", (0,), {}, home, options=("--optim.epochs", "9"))
     assert "9 epochs" in found["differs"] and "with --optim.epochs 9" in found["differs"]
     path = results.write_results(found, home / "tables")
-    assert path.name.startswith("toy-1-") and ledger.read_results(home / "tables") == {}, "the ledger is about the tables as declared"
+    assert path.name.startswith("toy-1-") and ledger.read_results(home / "tables") == [], "the ledger is about the tables as declared"
 
 
 def test_estimates_count_trainings_once_and_grow_with_their_length():
@@ -498,12 +499,43 @@ def test_what_foretells_is_a_rank_correlation():
     assert ledger.foretells("t", "s", "x", ("a", "b"))(table_of(**rows)).verdict == "not run", "two points lie on a line anyway"
 
 
-def test_the_ledger_reads_the_largest_scale(tmp_path):
-    for scale in ("tiny", "small"):
-        (tmp_path / f"t-{scale}.json").write_text(json.dumps(table_of(a={"x": {"0": 1.}})["t"] | {"table": "t", "scale": scale}))
-    assert ledger.read_results(tmp_path)["t"]["scale"] == "small"
+def test_a_claim_of_no_difference_is_judged_both_ways():
+    three = lambda *numbers: {"x": {str(i): n for i, n in enumerate(numbers)}}
+    found = table_of(a=three(5., 6., 9.), b=three(4.9, 5.8, 8.9), c=three(2., 3., 6.))
+    assert ledger.compare("t", "x", "a", "b", 1., either=True)(found).verdict == "holds"
+    assert ledger.compare("t", "x", "a", "c", 1.)(found).verdict == "holds" and ledger.compare("t", "x", "a", "c", 1., either=True)(found).verdict == "does not hold"
+    one = table_of(a={"x": {"0": 2.}}, b={"x": {"0": 1.}})
+    assert ledger.compare("t", "x", "a", "b")(one).verdict == "undecided" and ledger.compare("t", "x", "a", "b", exact=True)(one).verdict == "holds" and ledger.compare("t", "x", "b", "a", exact=True)(one).verdict == "does not hold"
+
+
+def test_numbers_above_a_bound_and_in_order():
+    three = lambda *numbers: {"x": {str(i): n for i, n in enumerate(numbers)}}
+    found = table_of(a=three(1.4, 1.5, 1.45), b=three(1.2, 1.6, 1.1))
+    assert ledger.exceeds("t", "x", "a", 1.)(found).verdict == "holds" and ledger.exceeds("t", "x", "a", 2.)(found).verdict == "does not hold" and ledger.exceeds("t", "x", "b", 1.)(found).verdict == "undecided"
+    found = table_of(a=three(3., 3., 3.), b=three(2., 2., 3.5), c=three(1., 1., 1.))
+    verdict = lambda *rows: ledger.ordered("t", "x", rows)(found).verdict
+    assert (verdict("a", "c"), verdict("c", "a"), verdict("a", "b", "c"), verdict("a", "nobody")) == ("holds", "does not hold", "undecided", "not run")
+    assert ledger.ordered("t", "x", ("a", "b"))(table_of(a={"x": {"0": 2.}}, b={"x": {"0": 1.}})).verdict == "undecided"
+
+
+def test_each_claim_is_judged_at_the_largest_scale_at_which_it_was_run(tmp_path):
+    write = lambda name, scale, **rows: (tmp_path / name).write_text(json.dumps(table_of(**rows)["t"] | {"table": "t", "scale": scale}))
+    one, three = {"x": {"0": 1.}}, lambda *numbers: {"x": {str(i): n for i, n in enumerate(numbers)}}
+    write("t-small.json", "small", a=one)
+    write("t.json", "tiny", a=three(5., 6., 9.), b=three(4., 5., 8.))
+    write("t-again.json", "tiny", a=one)
+    found = ledger.read_results(tmp_path)
+    assert [tables["t"]["scale"] for tables in found] == ["small", "tiny"]
+    claims = (ledger.Claim("k", "a beats b", "s", "", ledger.compare("t", "x", "a", "b"), "mind"), ledger.Claim("l", "a is large", "s", "", ledger.exceeds("t", "x", "a", .5)))
+    rows = ledger.ledger(found, claims)
+    assert [(r["verdict"], r["scale"], r["caveat"]) for r in rows] == [("holds", "tiny", "mind"), ("undecided", "small", "")]
+    assert "better by 1.0 ± 0.0, 3 seeds<br>mind" in ledger.ledger_markdown(rows)
+
+
+def test_what_is_not_a_table_is_said(tmp_path):
     good = table_of(a={"x": {"0": 1.}})["t"] | {"table": "t"}
-    for wrong in ({"no": "table"}, {"table": "t", "scale": "tiny"}, good | {"made": {}}, good | {"rows": [{"key": "a", "values": {"x": {"0": None}}}]}, good | {"columns": [{}]}, [1]):
+    for wrong in ({"no": "table"}, {"table": "t", "scale": "tiny"}, good | {"made": {}}, good | {"rows": [{"key": "a", "values": {"x": {"0": None}}}]}, good | {"columns": [{}]}, [1], good | {"rows": [{"values": {}}]},
+                  good | {"columns": []}, good | {"columns": [{k: v for k, v in good["columns"][0].items() if k != "title"}]}):
         (tmp_path / "bad.json").write_text(json.dumps(wrong))
         with pytest.raises(UserError, match="bad.json: is not a table"):
             ledger.read_results(tmp_path)
@@ -520,7 +552,9 @@ def test_every_claim_asks_for_rows_and_columns_that_exist():
         closure = dict(zip(claim.test.__code__.co_freevars, (c.cell_contents for c in claim.test.__closure__ or ())))
         if "table" in closure:
             t = TABLES[closure["table"]]
-            rows = [closure[k] for k in ("a", "b") if k in closure] or list(closure["rows"])
+            rows = [closure[k] for k in ("a", "b", "row") if k in closure] or list(closure["rows"])
             assert closure["column"] in t.columns and all(t.row(r) for r in rows), claim.key
+            printed = {number for row in t.rows for number in row.paper.values()}
+            assert {float(x) for x in re.findall(r"(?<![\w.])\d+\.\d+|\b\d{5}\b", claim.printed)} <= printed, (claim.key, "what the table says that the paper prints")
     assert len({c.key for c in ledger.CLAIMS}) == len(ledger.CLAIMS)
     assert all(r["verdict"] in ("holds", "does not hold", "undecided", "not run") for r in ledger.ledger())

@@ -273,7 +273,7 @@ def test_rendered_scenes_and_the_real_ones_are_read(tmp_path):
 
 @pytest.mark.parametrize("options, message", [
     (dict(root="nowhere"), "missing"), (dict(layout="scannet"), "choose auto, dl3dv"), (dict(split="dev"), "choose train, val or test"), (dict(limit=0), "limit 0 must be at least 1"),
-    (dict(chunk=-1), "chunk -1"), (dict(min_frames=0), "min_frames 0"), (dict(), "no sequence of 24 frames .* the longest of 2 has 3. Lower min_frames"),
+    (dict(chunk=-1), "chunk -1"), (dict(min_frames=0), "min_frames 0"), (dict(), "no sequence of 24 frames .* the longest of 2 has 3. Lower --views.min-frames"),
     (dict(layout="dl3dv"), "read as dl3dv: looked for images_8/frame"), (dict(layout="co3d"), "CATEGORY_train.jgz"), (dict(layout="megadepth"), "sparse/manhattan/0"),
     (dict(layout="megascenes", chunk=3), "no order to cut"), (dict(layout="scannetpp", split="val"), "put splits/nvs_sem_val.txt there")])
 def test_bad_input(tmp_path, options, message):

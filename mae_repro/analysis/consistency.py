@@ -83,11 +83,14 @@ def view_tokens(encoder: nn.Module, images: Tensor, layer: int = -1, norm: bool 
     norm: apply the encoder's final norm (if it has one), whatever the block. Registers are dropped. An encoder without a class token (CroCo) gets the mean of its patches in that place.
     ValueError: no such block, or an encoder without get_intermediate_layers."""
     ask = getattr(encoder, "get_intermediate_layers", None)
-    if ask is None:
+    if ask is None and not hasattr(encoder, "forward_intermediates"):
         raise ValueError(f"{type(encoder).__name__} has no get_intermediate_layers: give one of our encoders, or a Vision Transformer of timm")
     depth = len(encoder.blocks)
     if not -depth <= layer < depth:
         raise ValueError(f"layer {layer} is not a block of this encoder: there are {depth}, so give {-depth}..{depth - 1}")
+    if ask is None:  # timm's Eva, of which DINOv3 is made
+        patches, prefix = encoder.forward_intermediates(images, [layer % depth], norm=norm, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=True)[0]
+        return torch.cat([prefix[:, :1], patches], dim=1)
     names, blocks = inspect.signature(ask).parameters, [layer % depth]
     if getattr(encoder, "cls_token", None) is None:
         patches = ask(images, blocks, norm=norm)[0]

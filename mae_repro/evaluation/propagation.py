@@ -91,7 +91,11 @@ def patch_features(encoder: nn.Module, images: Tensor, layers: Sequence[int] = (
     if not layers or not all(-depth <= k < depth for k in layers):
         raise ValueError(f"layers {tuple(layers)} must be blocks of this encoder: there are {depth}, so give {-depth}..{depth - 1}")
     wanted = sorted({k % depth for k in layers})
-    found = dict(zip(wanted, encoder.get_intermediate_layers(images, wanted, norm=norm)))
+    if hasattr(encoder, "get_intermediate_layers"):
+        tokens = encoder.get_intermediate_layers(images, wanted, norm=norm)
+    else:  # timm's Eva, of which DINOv3 is made
+        tokens = encoder.forward_intermediates(images, wanted, norm=norm, output_fmt="NLC", intermediates_only=True)
+    found = dict(zip(wanted, tokens))
     return [found[k % depth] for k in layers]
 
 # %% ../../nbs/evaluation/42_propagation.ipynb #86a363fb

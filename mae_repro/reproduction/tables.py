@@ -193,7 +193,7 @@ def slug(name: str, content: list[str]) -> str:
 @lru_cache(maxsize=1024)
 def training_name(words: tuple[str, ...]) -> str:
     "A name of what is trained on which data: the same for other words that mean the same."
-    return slug(words[0], [fingerprint(config_of(words)), *(word for word in words if word.startswith("{"))])
+    return slug(words[0], [fingerprint(config_of(words)), *(word for word in words if word.startswith("{")), *config_of(words).data.mixture])
 
 
 def data_steps(names: list[str], given: Mapping[str, Path | None], home: Path) -> tuple[Step, ...]:
@@ -226,6 +226,11 @@ def evaluate_step(evaluation: Evaluation, names: Mapping[str, str], train: Step 
     command, used = data_words(words, given, scale, home)
     done = place.with_name(f"{name}.json")
     return Step("evaluate", tuple(command), place, done, ((train,) if train else ()) + data_steps(used, given, home), about, tuple(used))
+
+
+def _without_data(words: list[str]) -> list[str]:
+    "Recipe and options, for a command that reads no data."
+    return [word for word, after in zip(words, [*words[1:], ""]) if not (word.startswith("{") or after.startswith("{"))]
 
 
 def _spelled(part: str, names: Mapping[str, str]) -> list[str]:
@@ -266,7 +271,7 @@ def rows_at(table: Table, scale: Scale, models: Mapping[str, Mapping[Scale, str]
 _TRIAL = {"pretrain": "--optim.epochs 1 --optim.warmup-epochs 0 --train.log-every 1 --data.workers 0",
           "finetune": "--optim.epochs 1 --optim.warmup-epochs 0 --optim.batch-size 2 --data.limit 4 --data.test-limit 4 --data.workers 0",
           "probe": "--data.limit 20 --data.test-limit 20 --batch-size 4 --workers 0", "propagate": "--data.limit 1", "match": "--data.pairs 4 2 2 --steps 2 --batch-size 2", "pose": "--data.limit 3 --steps 2 --batch-size 2",
-          "dense": "--data.limit 4 --steps 2 --batch-size 2", "views": "--pairs 4", "cost": "--batch-size 2"}
+          "dense": "--data.limit 4 --steps 2 --batch-size 2", "views": "--pairs 4 --limit 8", "cost": "--batch-size 2"}
 
 
 def trial_words(words: list[str]) -> list[str]:
@@ -275,7 +280,7 @@ def trial_words(words: list[str]) -> list[str]:
     if words[0] == "pretrain":
         sources = [after for word, after in zip(words, words[1:]) if word == "--views.source"]
         scenes = (sources[-1] if sources else recipe(words[1]).views.source) == "scene"
-        found += shlex.split("--optim.batch-size 24 --views.per-batch 24 --views.epoch-steps 2 --views.min-frames 1" if scenes else "--optim.batch-size 2 --data.limit 4 --data.repeats 1")
+        found += shlex.split("--optim.batch-size 24 --views.per-batch 24 --views.epoch-steps 2 --views.min-frames 1" if scenes else "--optim.batch-size 2 --data.limit 8 --data.repeats 1")
     return found
 
 # %% ../../nbs/reproduction/71_tables.ipynb #a6e0de3f
@@ -296,7 +301,7 @@ def table_steps(table: Table, scale: Scale, seeds: tuple[int, ...], given: Mappi
             encoder = None if row.encoder is None else words_at(row.encoder, scale)
             for key in dict.fromkeys(columns) or evaluations_of(table, scale, evaluations):
                 evaluation, about = evaluations[key], f"{table.key}, {row.title}, seed {seed}, {evaluations[key].title}"
-                names = {name: shlex.join(words_at(value, scale) or []) for name, value in row.names.items()} | ({"recipe": shlex.join(words)} if words else {}) | ({"encoder": shlex.join(encoder)} if encoder else {})
+                names = {name: shlex.join(words_at(value, scale) or []) for name, value in row.names.items()} | ({"recipe": shlex.join(_without_data(words))} if words else {}) | ({"encoder": shlex.join(encoder)} if encoder else {})
                 if evaluation.counted and seed != seeds[0]:
                     continue
                 if evaluation.trains and not encoder and train is None and words:

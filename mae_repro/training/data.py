@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 
 # %% ../../nbs/training/28_data.ipynb #9e5bb812
 from ..parts.weights import UserError
-from ..views.bags import BagShards, BagViews, open_bags
+from ..views.bags import BagShards, BagViews, open_bags, open_pictures
 from ..views.mixture import Mixture, SceneViews
 from ..views.pairs import CropViews, NeighbourViews, RandomPartners, nearest_neighbours
 from ..views.photos import Crops, ImageSet, SingleCrop, open_images
@@ -137,7 +137,7 @@ def open_source(data: DataConfig, views: ViewsConfig, img_size: int | tuple[int,
     elif views.source == "scene":
         source = _mixture(data, views, cut | dict(joint=joint, whole=views.whole))
     else:
-        images = open_images(data.root, data.split if data.root else None, data.limit)
+        images = open_pictures(data.root, data.split if data.root else None, data.limit)
         source = _of_images(images, views, joint, cut)
     return Jittered(source, views.color_jitter) if views.color_jitter else source
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'BLOCK', 'TARGETS', 'bag_order', 'Bags', 'BagFolders', 'OpenFiles', 'BagShards', 'padded', 'ShardFiles',
-           'read_shard', 'find_bags', 'open_bags', 'smallest', 'BagViews']
+           'read_shard', 'find_bags', 'open_bags', 'BagPictures', 'open_pictures', 'smallest', 'BagViews']
 
 # %% ../../nbs/views/24_bags.ipynb #838f1525
 import hashlib
@@ -24,7 +24,7 @@ from torch import Tensor
 # %% ../../nbs/views/24_bags.ipynb #fc3b742d
 from ..parts.weights import UserError, cache_dir, written_whole
 from .pairs import Crop, check_views, distinct
-from .photos import BrokenImage, is_picture, load_image, walk
+from .photos import BrokenImage, ImageSet, is_picture, load_image, open_images, walk
 from .videos import Listed, Sequences, natural
 
 # %% ../../nbs/views/24_bags.ipynb #6c34d026
@@ -351,6 +351,32 @@ def open_bags(root: str | Path, limit: int | None = None) -> Bags:
     except OSError as error:
         raise UserError(f"cannot read {error.filename or root}: {error.strerror or error}. Check the folder and its permissions") from error
     return found if limit is None or limit >= len(found) else found.take(np.arange(limit) * len(found) // limit)
+
+
+@dataclass(frozen=True, eq=False)
+class BagPictures(ImageSet):
+    "Every picture of every bag, by itself: picture `pictures[i, 1]` of bag `pictures[i, 0]`."
+    bags: Bags = None
+    pictures: np.ndarray = None
+    per_image = ("names", "pictures")
+
+    def load(self, i):
+        bag, number = self.pictures[i].tolist()
+        return self.bags.frames(bag, [number])[0]
+
+
+def open_pictures(root: str | Path | None, split: str | None = None, limit: int | None = None) -> ImageSet:
+    "Images, as `open_images` finds them; of tar shards with bags every picture, real and generated. UserError as there."
+    try:
+        return open_images(root, split, limit)
+    except UserError:
+        folder = Path(root or "").expanduser()
+        if root is None or not folder.is_dir() or (limit or 1) < 1 or not find_bags(folder)[0]:
+            raise
+    bags = open_bags(folder / split if split and (folder / split).is_dir() else folder)
+    pictures = np.stack([np.repeat(np.arange(len(bags)), bags.sizes), np.arange(bags.sizes.sum()) - np.repeat(np.cumsum(bags.sizes) - bags.sizes, bags.sizes)], axis=1)
+    images = BagPictures(np.array([os.fsencode(f"{os.fsdecode(bags.names[bag])}, picture {number}") for bag, number in pictures.tolist()]), bags=bags, pictures=pictures)
+    return images if limit is None or limit >= len(images) else images.take(np.arange(limit) * len(images) // limit)
 
 
 def _bag_folders(root: Path, bags: dict[str, int], others: list[str]) -> BagFolders:

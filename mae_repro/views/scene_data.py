@@ -422,7 +422,7 @@ def open_scenes(root: str | Path, layout: str = "auto", limit: int | None = None
         raise UserError(f"no {split} scenes in {root}, read as {layout}: {_looked_for(layout)}")
     longest, found = found.sizes.max(), found.at_least(min_frames)
     if not len(found):
-        raise UserError(f"no sequence of {min_frames} frames in {root}, read as {layout}: the longest of {found.left_out} has {longest}. Lower min_frames (and the number of views), or give other data")
+        raise UserError(f"no sequence of {min_frames} frames in {root}, read as {layout}: the longest of {found.left_out} has {longest}. Lower --views.min-frames, and the number of views if that is more, or give other data")
     return found if limit is None or limit >= len(found) else found.take(np.arange(limit) * len(found) // limit)
 
 # %% ../../nbs/views/38_scene_data.ipynb #12f85e51
