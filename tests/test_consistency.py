@@ -18,6 +18,7 @@ from mae_repro.analysis import consistency, view_filter, view_scores
 from mae_repro.analysis.consistency import global_similarity, local_similarity, match_figure, nearest_patch_similarity, nearest_patches, place_colours, view_tokens
 from mae_repro.analysis.view_filter import BagScores, choose, classify_views, format_keep, keep_both, keep_figure, keep_report, open_classifier, score_views
 from mae_repro.analysis.view_scores import ScoreConfig, centre_square, encoder_size, format_table, item_intervals, pair_source, parse_source, score_source, score_sources, summarise
+from mae_repro.evaluation.propagation import patch_features
 from mae_repro.methods.catalogue import open_encoder, to_timm
 from mae_repro.parts.encoder import Encoder
 from mae_repro.parts.patches import normalise
@@ -181,6 +182,18 @@ def test_registers_go_and_cls_stays():
     every = vit.forward_features(images)
     assert every.shape[1] == 1 + 4 + 16
     torch.testing.assert_close(view_tokens(vit, images), torch.cat([every[:, :1], every[:, 5:]], dim=1))
+
+
+def test_tokens_of_timms_eva():
+    "DINOv3 of timm: another class, with rotary positions and registers, and without get_intermediate_layers."
+    torch.manual_seed(0)
+    vit = timm.models.eva.Eva(**SMALL, num_reg_tokens=4, use_rot_pos_emb=True, num_classes=0).eval()
+    images = torch.randn(2, 3, 32, 32)
+    every = vit.forward_features(images)
+    assert not hasattr(vit, "get_intermediate_layers") and every.shape[1] == 1 + 4 + 16
+    torch.testing.assert_close(view_tokens(vit, images), torch.cat([every[:, :1], every[:, 5:]], dim=1))
+    torch.testing.assert_close(patch_features(vit, images)[0], every[:, 5:])
+    assert not torch.allclose(view_tokens(vit, images, 0), view_tokens(vit, images))
 
 
 def test_the_mean_stands_in_for_a_missing_class_token():

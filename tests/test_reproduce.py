@@ -18,7 +18,7 @@ from mae_repro.parts.weights import UserError
 from mae_repro.reproduction import results, runner
 from mae_repro.reproduction.catalogue import TABLES, estimate
 from mae_repro.reproduction.columns import EVALUATIONS, MODELS
-from mae_repro.reproduction.tables import DATA, SCALES, Evaluation, Row, Table, config_of, rows_at, table_steps, training_words
+from mae_repro.reproduction.tables import DATA, SCALES, Evaluation, Row, Table, config_of, rows_at, table_steps, training_name, training_words
 from mae_repro.training.config import validate
 from mae_repro.training.pretrain import TrainingStopped
 
@@ -342,7 +342,7 @@ def test_intervals_are_students(toy):
 def test_a_table_is_written_in_four_ways(toy):
     t, make, said, _, home = toy
     runner.run_steps(make((0, 1)), home, progress=False)
-    found = results.collect(t, "tiny", (0, 1), {}, home, "the command")
+    found = results.collect(t, "tiny", (0, 1), {}, home)
     path = results.write_results(found, home / "tables")
     text = path.read_text()
     assert "ours (scale tiny): mae-tiny (width 128, 4 blocks, 32 px, patch 4)" in text and "paper: elsewhere" in text and "2 seeds" in text
@@ -351,7 +351,20 @@ def test_a_table_is_written_in_four_ways(toy):
     assert len(lines) == 8 and lines[0] == {"table": "toy-1", "scale": "tiny", "row": "a", "column": "toy", "seed": "0", "ours": "2.0", "paper": "5.0"}
     assert json.loads((home / "tables/toy-1.json").read_text()) == json.loads(json.dumps(found))
     assert (home / "tables/toy-1.png").stat().st_size > 5000
-    assert found["made"]["commits"] == ["c" * 40] and found["made"]["devices"] == ["2 CPU cores"] and found["command"] == "the command"
+    assert found["made"]["commits"] == ["c" * 40] and found["made"]["devices"] == ["2 CPU cores"] and found["command"] == "mae-repro reproduce toy-1 --scale tiny --seeds 2"
+
+
+def test_the_command_in_a_result_is_that_of_its_numbers(toy):
+    "Not of the last call, which may have asked for less."
+    t, home = toy[0], toy[-1]
+    command = lambda rows, options=(): results.command_of_table(t, "tiny", {"images": Path("some pictures"), "davis": Path("d")}, rows, options)
+    row = lambda key, **values: {"key": key, "values": values}
+    full = [row("a", toy={"0": 1.}, second={"0": 1.}), row("b", toy={"0": 1.}, second={"0": 1.})]
+    assert command(full) == "mae-repro reproduce toy-1 --scale tiny"
+    assert command([row("a", toy={"0": 1., "3": 1.}), row("b")]) == "mae-repro reproduce toy-1 --scale tiny --only a --columns toy --seeds 4"
+    assert command(full, ("--optim.epochs", "3")) == "mae-repro reproduce toy-1 --scale tiny '--options=--optim.epochs 3'"
+    used = results.command_of_table(TABLES["crossmae-3c"], "tiny", {"images": Path("some pictures"), "davis": Path("d")}, [])
+    assert used == "mae-repro reproduce crossmae-3c --scale tiny --data.images 'some pictures'", "data that the table reads"
 
 
 def test_the_best_is_bold_only_if_no_interval_reaches_it():
@@ -414,7 +427,11 @@ def test_estimates_count_trainings_once_and_grow_with_their_length():
     (["crossmae-3c", "--seed", "-1"], "--seed -1 must not be negative"), (["crossmae-3c", "--seeds", "2", "--seed", "2"], "--seed 2 is none of --seeds 2: 0 to 1"),
     (["--only", "25"], "--only needs a TABLE"), (["crossmae-3c", "--launcher", "no-such-launcher"], "there is no such command"), (["crossmae-3c", "--options=--optim.nope 3"], "is not understood by mae-repro pretrain"),
     (["crossmae-3c", "--dry-run", "--data.images", "nowhere-to-be-found"], "nowhere-to-be-found: is missing"),
-    (["crossmae-3c", "--data.images", "nowhere-to-be-found"], "nowhere-to-be-found: is missing")])
+    (["crossmae-3c", "--data.images", "nowhere-to-be-found"], "nowhere-to-be-found: is missing"),
+    (["crossmae-3c", "--data.photos", "."], "crossmae-3c at scale tiny reads no such data; what is read: --data.images"), (["cdgmae-2", "--data.bags", "."], "what are read: --data.photos, --data.videos, --data.painted"),
+    (["crossmae-3c", "--options='unclosed"], "--options 'unclosed: is not understood"), (["crossmae-3c", "--launcher", "'x"], "--launcher 'x: is not understood"),
+    (["crossmae-3c", "--options=--data.root ."], "--options --data.root: data is given as --data.NAME"), (["crossmae-3c", "--options=--train.seed=3"], "--options --train.seed=3:"),
+    (["crossmae-3c", "--dry-run", "--script", "jobs.sh"], "give one of them")])
 def test_bad_usage_is_one_clear_line(words, said, capsys, tmp_path):
     assert cli.run(["reproduce", *words, "--out", str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
@@ -430,6 +447,20 @@ def test_a_script_has_a_job_for_each_row_and_seed(tmp_path, capsys):
     assert cli.run(["reproduce", "crossmae-3c", "--seeds", "2", "--script", str(tmp_path / "jobs.sh"), "--out", str(tmp_path / "out"), "--columns", "linear"]) == 0
     jobs = [line for line in (tmp_path / "jobs.sh").read_text().splitlines() if " reproduce crossmae-3c " in line]
     assert len(jobs) == 6 and "--only 25 --seed 1" in jobs[4] and all("--columns linear" in job for job in jobs) and shlex.split(shlex.split(jobs[4])[0])[:5] == [sys.executable, "-m", "mae_repro.cli", "reproduce", "crossmae-3c"]
+
+
+def test_a_script_gives_each_table_the_data_that_it_reads(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pictures").mkdir(), (tmp_path / "films").mkdir()
+    assert cli.run(["reproduce", "crossmae-9", "cdgmae-2", "--script", str(tmp_path / "jobs.sh"), "--data.images=~/pictures", "--data.davis", str(tmp_path / "films")]) == 0
+    jobs = [shlex.split(shlex.split(line)[0]) for line in (tmp_path / "jobs.sh").read_text().splitlines() if " reproduce " in line]
+    assert all((str(tmp_path / "pictures") in job) == ("crossmae-9" in job) and (str(tmp_path / "films") in job) == ("cdgmae-2" in job) for job in jobs) and len(jobs) == 2 + 7
+
+
+def test_a_mixture_has_a_training_of_its_own():
+    words = training_words(TABLES["mum-10"].row("mum"), "small", MODELS)
+    names = {training_name((*words, *more)) for more in ((), ("--data.mixture", "frames:a:1"), ("--data.mixture", "frames:b:1"), ("--data.root", "{scenes}"))}
+    assert len(names) == 4
 
 
 def test_a_table_from_its_command_to_its_page(tmp_path):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from mae_repro.parts.weights import UserError
 from mae_repro.views import shards as shards_module
-from mae_repro.views.bags import BagViews, OpenFiles, open_bags, read_shard
+from mae_repro.views.bags import BagViews, OpenFiles, open_bags, open_pictures, read_shard
 from mae_repro.views.samples import EpochBatches, ShardOrder, Views, loader, shuffle_buffer
 from mae_repro.views.shards import bag_files, convert_bags, format_report, keys_of, open_part, safe_key, verify_bags
 
@@ -136,6 +136,25 @@ def test_what_is_written_is_read(tmp_path, kind):
         number = int(keys(bags)[i][-3:])
         assert bag_files(bags, i) == bag(number) and list(bag_files(bags, i)) == ["real.jpg", "gen_1.jpg", "gen_2.jpg", "gen_3.jpg", "gen_4.jpg", "json"]
         assert np.array_equal(bags.frames(i, [2])[0], Image.open(io.BytesIO(bag(number)["gen_2.jpg"])))
+
+
+def test_each_picture_of_shards_is_an_image_too(tmp_path):
+    "CropMAE on real and generated images reads what CDG-MAE reads."
+    write(tmp_path / "shards/train", "shards", 3, per=2)
+    found = open_pictures(tmp_path / "shards", "train")
+    assert len(found) == 15 and found.name(7).endswith(", picture 2") and len({found.name(i) for i in range(15)}) == 15 and found.labels is None
+    bags = open_bags(tmp_path / "shards/train")
+    for i in range(15):
+        assert np.array_equal(found.load(i), bags.frames(i // 5, [i % 5])[0]), i
+    few = open_pictures(tmp_path / "shards/train", "train", 4)
+    assert len(few) == 4 and few.file(1)[0] == ".png" and few.name(1) == found.name(3).replace("train/", "")
+    (tmp_path / "cat.png").write_bytes(JPEGS[0])
+    assert len(open_pictures(tmp_path, "train")) == 1, "where there are images, archives beside them are left alone: ImageNet's lie there"
+    with pytest.raises(UserError, match="leaves no images"):
+        open_pictures(tmp_path / "shards", "train", 0)
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(UserError, match="no images in"):
+        open_pictures(tmp_path / "nothing", "train")
 
 
 def test_the_same_bags_give_the_same_bytes(tmp_path):

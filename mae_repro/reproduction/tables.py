@@ -218,7 +218,7 @@ def evaluate_step(evaluation: Evaluation, names: Mapping[str, str], train: Step 
                   untrained: bool = False, trial: bool = False) -> Step:
     "One number: `evaluation` of a trained row, or of the words in `names`."
     parts = shlex.split(evaluation.commands[scale])
-    words = [word for part in parts for word in _spelled(part, names)] + trial_words(parts) * trial + ["--untrained"] * untrained
+    words = [word for part in parts for word in _spelled(part, names)] + trial_words(parts) * trial + ["--untrained"] * (untrained and evaluation.trains)
     name = f"{slug(words[0], [*words, train.place.name if train else ''])}-seed{seed}"
     place = home / "evaluated" / name
     for braces, value in (("{encoder}", str(train.place) if train else ""), ("{seed}", str(seed)), ("{out}", str(place))):

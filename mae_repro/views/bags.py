@@ -371,7 +371,7 @@ def open_pictures(root: str | Path | None, split: str | None = None, limit: int 
         return open_images(root, split, limit)
     except UserError:
         folder = Path(root or "").expanduser()
-        if root is None or not folder.is_dir() or (limit or 1) < 1 or not find_bags(folder)[0]:
+        if root is None or not folder.is_dir() or (limit is not None and limit < 1) or not find_bags(folder)[0]:
             raise
     bags = open_bags(folder / split if split and (folder / split).is_dir() else folder)
     pictures = np.stack([np.repeat(np.arange(len(bags)), bags.sizes), np.arange(bags.sizes.sum()) - np.repeat(np.cumsum(bags.sizes) - bags.sizes, bags.sizes)], axis=1)
