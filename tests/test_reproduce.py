@@ -356,7 +356,7 @@ def test_a_table_is_written_in_four_ways(toy):
 
 def test_the_command_in_a_result_is_that_of_its_numbers(toy):
     "Not of the last call, which may have asked for less."
-    t, home = toy[0], toy[-1]
+    t = toy[0]
     command = lambda rows, options=(): results.command_of_table(t, "tiny", {"images": Path("some pictures"), "davis": Path("d")}, rows, options)
     row = lambda key, **values: {"key": key, "values": values}
     full = [row("a", toy={"0": 1.}, second={"0": 1.}), row("b", toy={"0": 1.}, second={"0": 1.})]
