@@ -429,7 +429,7 @@ def cdgmae_small() -> Config[CDGMAE]:
 def mum_tiny() -> Config[MuM]:
     """MuM for a laptop: two to eight frames of a rendered scene (or of scenes of yours), 64 pixels, patches of 8, a ViT of 4 blocks and width 128, a decoder of 2 + 2 blocks.
 
-    mae-repro pretrain mum-tiny, with --data.root SCENES on your own. Xavier-uniform first weights: with the authors' (standard deviation 0.02, made for width 768) the encoder stays behind its untrained self.
+    mae-repro pretrain mum-tiny, with --data.root SCENES on your own. Xavier-uniform first weights: with the authors' (standard deviation 0.02) the encoder is as good as untrained.
     On the built-in scenes 1,000 steps of 64 views, about ten minutes of one core. No published number; notebook 15 has what came of it, against MAE on the same frames."""
     views = ViewsConfig("scene", scale=(.5, 1.), per_batch=32, epoch_steps=50)
     return Config("mum-tiny", MuM(**_TINY_PAIR | dict(decoder_depth=4, num_views=8, min_views=2, init="mae")), DataConfig(workers=1), views,
