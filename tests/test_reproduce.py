@@ -261,7 +261,7 @@ def test_a_training_that_had_no_lock_yet_is_waited_for(toy, monkeypatch):
         return before(words, log)
     monkeypatch.setattr(runner, "call", call)
     assert runner.run_steps(make(), home, progress=False) == [] and [w[0] for w in said] == ["pretrain", "probe", "match"] * 2
-    assert others[0].wait() == 0 and not list(home.rglob("*.failed.json")) and json.loads((first.place / "summary.json").read_text()) == {"seconds": 7}
+    assert others[0].wait() == 0 and not list(home.rglob("*.failed.json")) and not list(home.rglob("*.tmp-*")) and json.loads((first.place / "summary.json").read_text()) == {"seconds": 7}
 
 
 def test_seconds_of_all_sessions_are_added(toy, monkeypatch):

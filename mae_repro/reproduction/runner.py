@@ -118,8 +118,6 @@ def _outlived(step: Step) -> bool:
 
 def _try(step: Step, launcher: tuple[str, ...], show: bool) -> int:
     "Run a step's command, unless it is done: the exit code, 0 if it is done then. TrainingStopped if it was asked to stop."
-    for left in step.place.parent.glob(f"{step.place.name}.tmp-*"):
-        left.unlink()
     if step.done.is_file():
         return 0
     step.place.parent.mkdir(parents=True, exist_ok=True)
@@ -153,6 +151,8 @@ def run_step(step: Step, home: Path, launcher: tuple[str, ...] = (), show: bool 
         code = _try(step, launcher, show)
         while code and _outlived(step):  # it had begun, and had no lock yet: ours was the second
             code = _try(step, launcher, show)
+        for left in step.place.parent.glob(f"{step.place.name}.tmp-*"):
+            left.unlink()  # of those that were killed
         if code:
             write_json(failed, {"command": step.line(), "code": code, "said": _last_line(log) or "see above", "log": str(log), "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds")})
         else:
