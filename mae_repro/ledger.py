@@ -238,7 +238,7 @@ def _order_of_sources(found: Results) -> Finding:
     return Finding("holds" if all(held) else "does not hold", text, "tiny", study["device"], study["date"], short_commit(study["commit"]), study["runs"][0]["command"])
 
 # %% ../nbs/70_ledger.ipynb #94f45aa5
-_FINE, _LINEAR = " (fine-tuned)", " (linear probe)"
+_FINE = " (fine-tuned)"
 _SCENES = "Frames of rendered scenes stand for generated views, and rendered scenes are judged on."
 _PAINTED = "Five photographs, and views of them that a small model paints."
 _ABSOLUTE = "Absolute positions alone do much for this test: MAE's encoder, which has them, matches nearly as well untrained."
@@ -308,9 +308,9 @@ CLAIMS: tuple[Claim, ...] = (
 # %% ../nbs/70_ledger.ipynb #589cf055
 def ledger(found: list[Results] | None = None, claims: Iterable[Claim] = CLAIMS) -> list[dict]:
     "Rows, ready for JSON: key, claim, source, paper, ours, verdict, caveat, scale, device, date, commit, command, gain (of comparisons). Each claim is judged at the largest scale at which it was run."
-    rows = []
+    rows, scales = [], [*(read_results() if found is None else found), {}]
     for claim in claims:
-        tried = (claim.test(tables) for tables in [*(read_results() if found is None else found), {}])
+        tried = (claim.test(tables) for tables in scales)
         row = asdict(next((one for one in tried if one.verdict != "not run"), Finding("not run")))
         rows.append({"key": claim.key, "claim": claim.says, "source": claim.source, "paper": claim.printed, "ours": row.pop("ours"), "verdict": row.pop("verdict"), "caveat": claim.caveat, **row})
     return rows
