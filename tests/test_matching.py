@@ -512,7 +512,7 @@ def test_features_of_layers(encoder):
     assert torch.equal(M.patch_features(encoder, images)[0], tokens[:, 1:])
     alone = M.patch_features(encoder, images[1:])[0]
     torch.testing.assert_close(alone, tokens[1:, 1:], atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="blocks"):
+    with pytest.raises(ValueError, match="layer 3 is not a block"):
         M.patch_features(encoder, images, (3,))
 
 

@@ -7,14 +7,13 @@ __all__ = ['TABLE', 'global_similarity', 'local_similarity', 'nearest_patches', 
            'place_colours', 'match_figure']
 
 # %% ../../nbs/analysis/50_consistency.ipynb #6e1d085a
-import inspect
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 # %% ../../nbs/analysis/50_consistency.ipynb #d99dfcdb
+from ..parts.features import block_tokens
 from ..parts.patches import grid_size
 
 # %% ../../nbs/analysis/50_consistency.ipynb #4e7d745f
@@ -78,28 +77,11 @@ def nearest_patch_similarity(a: Tensor, b: Tensor) -> Tensor:
 # %% ../../nbs/analysis/50_consistency.ipynb #6e55c735
 @torch.no_grad()
 def view_tokens(encoder: nn.Module, images: Tensor, layer: int = -1, norm: bool = True) -> Tensor:
-    """Tokens (B, 1 + L, D) of normalised images (B, 3, H, W), class token first, from block `layer` (0 the first, -1 the last) of our encoders, timm's or DINOv2's; no gradient.
+    """Tokens (B, 1 + L, D) of normalised images (B, 3, H, W), class token first, from block `layer` (0 the first, -1 the last) of any encoder that `block_tokens` reads; no gradient.
 
-    norm: apply the encoder's final norm (if it has one), whatever the block. Registers are dropped. An encoder without a class token (CroCo) gets the mean of its patches in that place.
-    ValueError: no such block, or an encoder without get_intermediate_layers."""
-    ask = getattr(encoder, "get_intermediate_layers", None)
-    if ask is None and not hasattr(encoder, "forward_intermediates"):
-        raise ValueError(f"{type(encoder).__name__} has no get_intermediate_layers: give one of our encoders, or a Vision Transformer of timm")
-    depth = len(encoder.blocks)
-    if not -depth <= layer < depth:
-        raise ValueError(f"layer {layer} is not a block of this encoder: there are {depth}, so give {-depth}..{depth - 1}")
-    if ask is None:  # timm's Eva, of which DINOv3 is made
-        patches, prefix = encoder.forward_intermediates(images, [layer % depth], norm=norm, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=True)[0]
-        return torch.cat([prefix[:, :1], patches], dim=1)
-    names, blocks = inspect.signature(ask).parameters, [layer % depth]
-    if getattr(encoder, "cls_token", None) is None:
-        patches = ask(images, blocks, norm=norm)[0]
-        return torch.cat([patches.mean(dim=1, keepdim=True), patches], dim=1)
-    if "return_prefix_tokens" in names:
-        patches, prefix = ask(images, blocks, return_prefix_tokens=True, norm=norm)[0]
-        return torch.cat([prefix[:, :1], patches], dim=1)
-    patches, cls = ask(images, blocks, return_class_token=True, norm=norm)[0]
-    return torch.cat([cls[:, None], patches], dim=1)
+    norm: apply the encoder's final norm (if it has one), whatever the block. An encoder without a class token (CroCo) gets the mean of its patches in that place. ValueError as in `block_tokens`."""
+    [(patches, cls)] = block_tokens(encoder, images, (layer,), norm)
+    return torch.cat([(patches.mean(dim=1) if cls is None else cls)[:, None], patches], dim=1)
 
 # %% ../../nbs/analysis/50_consistency.ipynb #c9a1a8b7
 def place_colours(gh: int, gw: int) -> Tensor:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from ..parts.features import encoder_patch_size
+from ..parts.features import block_tokens, encoder_patch_size
 from ..parts.patches import grid_size, patchify
 
 # %% ../../nbs/evaluation/42_propagation.ipynb #cc1e15f6
@@ -87,16 +87,7 @@ def patch_features(encoder: nn.Module, images: Tensor, layers: Sequence[int] = (
     encoder = at_size(encoder, images.shape[-2:])
     if not hasattr(encoder, "blocks"):
         return [encoder.forward_features(images)[:, encoder.num_prefix_tokens:]] * len(layers)
-    depth = len(encoder.blocks)
-    if not layers or not all(-depth <= k < depth for k in layers):
-        raise ValueError(f"layers {tuple(layers)} must be blocks of this encoder: there are {depth}, so give {-depth}..{depth - 1}")
-    wanted = sorted({k % depth for k in layers})
-    if hasattr(encoder, "get_intermediate_layers"):
-        tokens = encoder.get_intermediate_layers(images, wanted, norm=norm)
-    else:  # timm's Eva, of which DINOv3 is made
-        tokens = encoder.forward_intermediates(images, wanted, norm=norm, output_fmt="NLC", intermediates_only=True)
-    found = dict(zip(wanted, tokens))
-    return [found[k % depth] for k in layers]
+    return [patches for patches, _ in block_tokens(encoder, images, layers, norm)]
 
 # %% ../../nbs/evaluation/42_propagation.ipynb #86a363fb
 PROTOCOLS = ("cropmae", "dino")
