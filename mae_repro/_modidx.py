@@ -1390,6 +1390,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'mae_repro.ledger': { 'mae_repro.ledger.Claim': ('ledger.html#claim', 'mae_repro/ledger.py'),
                                   'mae_repro.ledger.Finding': ('ledger.html#finding', 'mae_repro/ledger.py'),
                                   'mae_repro.ledger._anchor_costs': ('ledger.html#_anchor_costs', 'mae_repro/ledger.py'),
+                                  'mae_repro.ledger._column': ('ledger.html#_column', 'mae_repro/ledger.py'),
                                   'mae_repro.ledger._count': ('ledger.html#_count', 'mae_repro/ledger.py'),
                                   'mae_repro.ledger._decoder_ratio': ('ledger.html#_decoder_ratio', 'mae_repro/ledger.py'),
                                   'mae_repro.ledger._longer': ('ledger.html#_longer', 'mae_repro/ledger.py'),

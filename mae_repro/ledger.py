@@ -32,10 +32,10 @@ def read_results(folder: Path | None = None) -> list[Results]:
         try:
             plain = json.loads(path.read_text(encoding="utf-8"))
             key, same = plain["table"], found[plain["scale"]]
-            _provenance(plain), [(c["key"], c["title"], c["better"], c["digits"] * 1) for c in plain["columns"]]
+            _provenance(plain), [(c["key"], c["title"], c["better"], c["digits"] * 1) for c in plain["columns"]], [row["key"] for row in plain["rows"]]
             if not all(isinstance(x, (int, float)) and math.isfinite(x) for row in plain["rows"] for column in row["values"].values() for x in column.values()):
                 raise ValueError("a number is none")
-            if set().union(*({row["key"]: row["values"]}[row["key"]] for row in plain["rows"])) - {c["key"] for c in plain["columns"]}:
+            if any(set(row["values"]) - {c["key"] for c in plain["columns"]} for row in plain["rows"]):
                 raise ValueError("a number has no column")
         except (AttributeError, KeyError, ValueError, TypeError) as error:
             raise UserError(f"{path}: is not a table that `mae-repro reproduce` wrote ({error!r})") from None
@@ -59,6 +59,10 @@ def _provenance(table: dict) -> dict:
 def values(table: dict, row: str, column: str) -> dict[str, float]:
     "{seed: number} of a cell; empty if there is none."
     return next((r["values"].get(column, {}) for r in table["rows"] if r["key"] == row), {})
+
+
+def _column(table: dict, key: str) -> dict:
+    return next(c for c in table["columns"] if c["key"] == key)
 
 # %% ../nbs/70_ledger.ipynb #ce6289ed
 Verdict = Literal["holds", "does not hold", "undecided", "not run"]
@@ -92,7 +96,7 @@ def compare(table: str, column: str, a: str, b: str, margin: float = 0., either:
         if table not in found or not (set(values(found[table], a, column)) & set(values(found[table], b, column))):
             return Finding("not run")
         t = found[table]
-        about = next(c for c in t["columns"] if c["key"] == column)
+        about = _column(t, column)
         ours, theirs = values(t, a, column), values(t, b, column)
         seeds = set(ours) & set(theirs)
         difference, half = paired_difference(ours, theirs)
@@ -115,7 +119,7 @@ def exceeds(table: str, column: str, row: str, bound: float) -> Callable[[Result
         numbers = list(values(found[table], row, column).values()) if table in found else []
         if not numbers:
             return Finding("not run")
-        about, (mean, half) = next(c for c in found[table]["columns"] if c["key"] == column), mean_and_half(numbers)
+        about, (mean, half) = _column(found[table], column), mean_and_half(numbers)
         return Finding(judge(mean - bound, half), f"{_with_half(mean, half, about['digits'])}, {about['title']}; measured {len(numbers)} time{'s' * (len(numbers) > 1)}", **_provenance(found[table]))
     return test
 
@@ -128,8 +132,7 @@ def ordered(table: str, column: str, rows: Iterable[str]) -> Callable[[Results],
         if not seeds:
             return Finding("not run")
         held = [all(a > b for a, b in zip(line, line[1:])) for s in seeds for line in [[n[s] for n in numbers.values()]]]
-        digits = next(c["digits"] for c in found[table]["columns"] if c["key"] == column)
-        text = ", ".join(f"{r} {_with_half(*mean_and_half([n[s] for s in seeds]), digits)}" for r, n in numbers.items()) + f"; so ordered for {sum(held)} of {len(seeds)} seeds"
+        text = ", ".join(f"{r} {_with_half(*mean_and_half([n[s] for s in seeds]), _column(found[table], column)['digits'])}" for r, n in numbers.items()) + f"; so ordered for {sum(held)} of {len(seeds)} seeds"
         return Finding("undecided" if len(seeds) < 2 or any(held) != all(held) else "holds" if all(held) else "does not hold", text, **_provenance(found[table]))
     return test
 
