@@ -325,7 +325,13 @@ class ProbeArgs:
     pool: Literal["mean", "cls", "both"] = "mean"
     "Which tokens: the mean of patches, the class token, or both side by side."
     optimizer: Literal["sgd", "adamw", "lars"] | None = None
-    "Of the linear classifier, by default sgd; lars is MAE's published recipe, made for a million images."
+    "Of the linear classifier, by default sgd; lars is MAE's published one, made for a million images."
+    augment: bool = False
+    "Train the linear classifier on new crops in every epoch, as published; the encoder then reads all training images each time. With --optimizer lars."
+    epochs: int | None = None
+    "Of the linear classifier, by default 50; with lars 90."
+    amp: bool = False
+    "Run the encoder in bfloat16."
     img_size: int | None = None
     "Size at which images are shown; by default the one the encoder was trained at."
     controls: bool = True
@@ -352,6 +358,10 @@ def probe(args: list[str]) -> int:
         raise UserError(f"--batch-size {a.batch_size} and --workers {a.workers}: the first must be at least 1, the second not negative")
     if a.optimizer is not None and a.kind != "linear":
         raise UserError(f"--optimizer {a.optimizer} is of --kind linear: leave it out with --kind {a.kind}")
+    if a.epochs is not None and (a.kind != "linear" or a.epochs < 1):
+        raise UserError(f"--epochs {a.epochs}: must be at least 1, and is of --kind linear")
+    if a.augment and a.optimizer != "lars":
+        raise UserError("--augment: goes with --kind linear --optimizer lars, which has one learning rate")
     device = _device(a.device)
     encoder = open_encoder(a.encoder, pretrained=not a.untrained, seed=a.seed).to(device)
     patch = encoder_patch_size(encoder)
@@ -362,8 +372,8 @@ def probe(args: list[str]) -> int:
     train, test = _labelled(a.data.root, a.data.limit, a.data.test_limit)
     if train is None:
         raise UserError(f"{a.data.root}: has no labels; put the images of each class in a folder of its own")
-    config = probes.ProbeConfig(optimizer=a.optimizer or "sgd", seed=a.seed) if a.kind == "linear" else probes.ProbeConfig(seed=a.seed)
-    options = dict(img_size=a.img_size, batch_size=a.batch_size, workers=a.workers, device=device, config=config)
+    config = probes.ProbeConfig(optimizer=a.optimizer or "sgd", epochs=a.epochs, seed=a.seed, augment=a.augment) if a.kind == "linear" else probes.ProbeConfig(seed=a.seed)
+    options = dict(img_size=a.img_size, batch_size=a.batch_size, workers=a.workers, device=device, amp=a.amp, config=config)
     untrained = lambda: open_encoder(a.encoder, pretrained=False, seed=a.seed).to(device)
     if a.kind == "attentive":
         rows = _attentive(encoder, a, train, test, untrained, device)
@@ -391,7 +401,7 @@ def _attentive(encoder, a: ProbeArgs, train, test, untrained, device) -> list:
     from mae_repro.parts.weights import UserError
     if a.pool != "mean":
         raise UserError(f"--kind attentive reads all patch tokens: leave out --pool {a.pool}")
-    options = dict(img_size=a.img_size, batch_size=a.batch_size, workers=a.workers, device=device, config=AttentiveConfig(seed=a.seed))
+    options = dict(img_size=a.img_size, batch_size=a.batch_size, workers=a.workers, device=device, amp=a.amp, config=AttentiveConfig(seed=a.seed))
     return attentive_compare(encoder, train, test, untrained, **options) if a.controls else [attentive_probe(encoder, train, test, **options)]
 
 # %% ../nbs/80_cli.ipynb #f17e0001

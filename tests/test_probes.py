@@ -251,6 +251,43 @@ def test_broken_images_are_skipped_and_counted(caplog):
         extract_features(small_encoder(), Colours(3, broken=(0, 1, 2)), progress=False)
 
 
+# ---- new crops in every epoch
+
+def test_drawn_crops_are_those_of_the_published_probe():
+    "Areas uniform in .08 .. 1 and ratios within 3/4 .. 4/3, but where the image is too small; a crop depends on seed, epoch and index alone."
+    ramp = np.stack(np.broadcast_arrays(np.arange(200)[None], np.arange(150)[:, None], 0), -1).astype(np.uint8)      # red says where across, green where down
+    image = Image.fromarray(ramp)
+    crops = torch.stack([probes.DrawnCrop(32, 0, epoch)(image, i) for epoch in range(4) for i in range(100)]).float()
+    assert torch.equal(probes.DrawnCrop(32, 0, 3)(image, 99).float(), crops[-1]) and not torch.equal(crops[0], crops[100])
+    width, height = ((crops[:, c].amax((1, 2)) - crops[:, c].amin((1, 2))) * 32 / 31 for c in (0, 1))                # pixels; the last step is half outside
+    share, ratio = width * height / (200 * 150), width / height
+    assert share.min() > .06 and share.max() < 1.05 and share.mean().item() == pytest.approx(.52, abs=.06)
+    assert ratio[width < 150][height[width < 150] < 112].log().abs().max() < math.log(4 / 3) + .08
+    mirrored = crops[:, 0, 0, 0] > crops[:, 0, 0, -1]
+    assert .4 < mirrored.float().mean() < .6
+    assert probes.DrawnCrop((16, 24))(image, 0).shape == (3, 16, 24) and probes.DrawnCrop(8)(Image.new("RGB", (1, 1)), 0).shape == (3, 8, 8)
+
+
+def test_the_encoder_reads_new_crops_in_every_epoch():
+    encoder, calls = small_timm(), []
+    forward = encoder.forward_features
+    encoder.forward_features = lambda x: calls.append(x.clone()) or forward(x)
+    config = ProbeConfig(optimizer="lars", epochs=3, augment=True)
+    row, = probe_all(encoder, Colours(12, broken=(4,)), Colours(6, seed=1), ("linear",), batch_size=12, progress=False, config=config)
+    assert [len(x) for x in calls] == [11, 6, 11, 11, 11] and row.settings["augment"] and row.trained == 11
+    assert not torch.equal(calls[2], calls[3]) and not torch.equal(calls[2], calls[0])
+    assert not probe(small_timm(), Colours(12), Colours(6), kind="linear", progress=False, config=ProbeConfig(epochs=2)).settings["augment"]
+
+
+def test_features_drawn_anew_are_trained_on():
+    "With features that swap the classes in every epoch a head trained on one epoch says the opposite of one trained on the other."
+    x, y = torch.tensor([[1.], [-1.]]).repeat(20, 1), torch.tensor([0, 1]).repeat(20)
+    right, wrong = (fit_heads(x, y, 2, [.5], epochs=5, batch_size=10, anew=lambda epoch: sign * x)(x).argmax(2)[:, 0] for sign in (1, -1))
+    assert torch.equal(right, y) and torch.equal(wrong, 1 - y)
+    with pytest.raises(ValueError, match="9 learning rates"):
+        linear_predict(x, y, x, anew=lambda epoch: x)
+
+
 def test_raw_pixels_are_the_pixels():
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(RawPixels(16).forward_features(images), images.flatten(1)[:, None])

@@ -142,6 +142,32 @@ def test_data_that_is_not_given_is_built_in_made_or_asked_for():
     assert [s.command[2] for r, _, c, s in steps_of("cdgmae-1") if c == "gs"][:2] == ["video", "bag:home/data/painted"]
 
 
+def test_scenes_may_be_a_file_that_lists_a_mixture(tmp_path):
+    "Its lines become the mixture of each training that reads scenes; the training's name stays, as it does for folders."
+    listed = tmp_path / "parts of a mixture.txt"
+    listed.write_text("# weights of Table 1\nframes:some/scenes:3\n\n  co3d:CO 3D\n")
+    mixed, folder = (next(s.before[0] for r, _, c, s in steps_of("mum-4", "paper", FOLDERS | {"scenes": path}) if r.key == "mum") for path in (listed, tmp_path))
+    at = mixed.command.index("--data.mixture")
+    assert mixed.command[at + 1:at + 3] == ("frames:some/scenes:3", "co3d:CO 3D") and "--data.root" not in mixed.command and mixed.place == folder.place
+    assert mixed.command[mixed.command.index("--data.images") + 1] == str(FOLDERS["photos"]) and "--data.root" in folder.command
+    for text, why in (("", "lists nothing"), ("# only this\n", "lists nothing"), ("frames\n", "--data.mixture frames: write LAYOUT:DIR"), ("frames:a:-1\n", "positive weight")):
+        listed.write_text(text)
+        with pytest.raises(UserError, match=why):
+            steps_of("mum-4", "paper", FOLDERS | {"scenes": listed})
+    listed.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot be read"):
+        steps_of("mum-4", "paper", FOLDERS | {"scenes": listed})
+
+
+def test_neighbours_are_scored_as_they_are_trained_on():
+    "The pairs whose likeness is printed are those of the row's training, whatever backbone looks at them."
+    for scale in ("tiny", "small", "paper"):
+        for name in ("cdgmae-1", "cdgmae-13"):
+            row = TABLES[name].row("neighbour")
+            embed = lambda words, option: shlex.split(words)[shlex.split(words).index(option) + 1]
+            assert embed(row.names["source"][scale], "--embed") == embed(row.options[scale], "--views.embed")
+
+
 def test_a_trial_says_so_in_every_command_and_is_kept_apart():
     for *_, step in steps_of("crossmae-3c", "paper", FOLDERS, trial=True):
         assert "--optim.batch-size 2" in step.before[0].line() and step.before[0].place != steps_of("crossmae-3c", "paper", FOLDERS)[0][3].before[0].place

@@ -20,7 +20,9 @@ _CROCO_FRAMES = f"croco-tiny --method.decoder-depth 2 --views.source scene --vie
 _MAE_FRAMES_SMALL = "mae-small --method.img-size 96 --method.patch-size 8 --views.source scene --views.epoch-steps 500 --optim.batch-size 384 --data.root {scenes}"
 _CROCO_FRAMES_SMALL = "croco-small --views.source scene --views.epoch-steps 500 --views.single 0 --optim.batch-size 384 --data.root {scenes}"
 _BRIEF = "--optim.epochs 20 --optim.warmup-epochs 1"
-_AS_LARGE = "--views.source scene --views.per-batch 96 --views.epoch-steps 1000 --optim.batch-size 6144 --optim.base-lr 1.5e-4 --optim.epochs 500 --optim.warmup-epochs 25 --data.root {scenes}"
+_CROPS = "--views.scale .2 1 --views.ratio .75 1.3333"  # of MuM; the one that CroCo's own recipe makes is for squares of 256 pixels
+_ABLATED = "--optim.batch-size 1024"
+_AS_LARGE = "--views.source scene --views.per-batch 96 --views.epoch-steps 1000 --optim.batch-size 6144 --optim.base-lr 1e-4 --optim.epochs 500 --optim.warmup-epochs 25 --data.root {scenes}"
 _SIZES = (("s", "--method.embed-dim 64", "--method.depth 6", "vits16"), ("b", "", "", "vitb16"),
           ("l", "--method.embed-dim 192 --method.depth 6", "--method.embed-dim 384 --method.num-heads 6", "vitl16"),
           ("h", "--method.embed-dim 256 --method.depth 8", "--method.embed-dim 512 --method.num-heads 8", "vith14"))
@@ -43,16 +45,16 @@ MODELS: dict[str, dict[Scale, str]] = {
     "cdgmae-s8": {"tiny": f"cdgmae-tiny --data.root {{bags}} {_SHORT} --method.patch-size 4", "small": "cdgmae-small --data.root {bags} --method.patch-size 4", "paper": "cdgmae-a3-vits8 --data.root {bags}"},
     "cdgmae-b": {"tiny": f"cdgmae-tiny --data.root {{bags}} {_SHORT} --method.embed-dim 192", "small": "cdgmae-small --data.root {bags} --method.embed-dim 384 --method.num-heads 6",
                  "paper": "cdgmae-a3-vitb16 --data.root {bags}"},
-    "mum": {"tiny": f"mum-tiny --data.root {{scenes}} {_SHORT}", "small": f"mum-small --data.root {{scenes}} {_BRIEF}", "paper": "mum-base --data.root {scenes}"},
+    "mum": {"tiny": f"mum-tiny --data.root {{scenes}} {_SHORT}", "small": f"mum-small --data.root {{scenes}} {_BRIEF}", "paper": f"mum-base {_ABLATED} --data.root {{scenes}}"},
     "mum-24": {"tiny": f"mum-tiny --data.root {{scenes}} {_SHORT}", "small": f"mum-small --data.root {{scenes}} {_BRIEF}",
-               "paper": "mum-base --method.num-views 24 --data.root {scenes}"},
-    "mum-l": {"tiny": f"mum-tiny --data.root {{scenes}} {_SHORT}", "small": "mum-small --data.root {scenes}", "paper": "mum-large --data.root {scenes}"},
-    "mae-frames": {"tiny": _MAE_FRAMES, "small": f"{_MAE_FRAMES_SMALL} {_BRIEF}", "paper": "mae-vitb16 --views.source scene --views.per-batch 128 --optim.epochs 100 --optim.warmup-epochs 6.25 --data.root {scenes}"},
+               "paper": f"mum-base {_ABLATED} --method.num-views 24 --data.root {{scenes}}"},
+    "mum-l": {"tiny": f"mum-tiny --data.root {{scenes}} {_SHORT}", "small": "mum-small --data.root {scenes}", "paper": "mum-large --data.images {photos} --data.root {scenes}"},
+    "mae-frames": {"tiny": _MAE_FRAMES, "small": f"{_MAE_FRAMES_SMALL} {_BRIEF}", "paper": f"mae-vitb16 {_ABLATED} --views.source scene --views.per-batch 128 --optim.epochs 100 --optim.warmup-epochs 6.25 --data.root {{scenes}}"},
     "croco-frames": {"tiny": _CROCO_FRAMES, "small": f"{_CROCO_FRAMES_SMALL} {_BRIEF}",
-                     "paper": "croco-v2-vitb-decsmall --views.source scene --views.per-batch 128 --views.single 0 --optim.batch-size 4096 --optim.epochs 100 --optim.stop-epochs None --optim.warmup-epochs 6.25 --data.root {scenes}"},
+                     "paper": f"croco-v2-vitb-decsmall {_ABLATED} {_CROPS} --views.source scene --views.per-batch 128 --views.single 0 --optim.epochs 100 --optim.stop-epochs None --optim.warmup-epochs 6.25 --data.root {{scenes}}"},
     # as large, as long and as many frames as mum-l
-    "mae-frames-l": {"tiny": _MAE_FRAMES, "small": f"{_MAE_FRAMES_SMALL} --optim.epochs 80 --optim.warmup-epochs 4", "paper": f"mae-vitl16 --method.img-size 256 {_AS_LARGE}"},
-    "croco-frames-l": {"tiny": _CROCO_FRAMES, "small": f"{_CROCO_FRAMES_SMALL} --optim.epochs 80 --optim.warmup-epochs 4", "paper": f"croco-v2-vitl-decbase --method.img-size 256 {_AS_LARGE} --optim.stop-epochs None --views.single 0"},
+    "mae-frames-l": {"tiny": _MAE_FRAMES, "small": f"{_MAE_FRAMES_SMALL} --optim.epochs 80 --optim.warmup-epochs 4", "paper": f"mae-vitl16 --method.img-size 256 {_AS_LARGE} --data.images {{photos}}"},
+    "croco-frames-l": {"tiny": _CROCO_FRAMES, "small": f"{_CROCO_FRAMES_SMALL} --optim.epochs 80 --optim.warmup-epochs 4", "paper": f"croco-v2-vitl-decbase --method.img-size 256 {_CROPS} {_AS_LARGE} --optim.stop-epochs None --views.single 0"},
 }
 
 # %% ../../nbs/reproduction/72_columns.ipynb #1660f84f
@@ -93,20 +95,20 @@ _FINETUNE = {"tiny": "finetune {encoder} --recipe tiny --data.root {images} --da
              "paper": "finetune {encoder} --data.root {images} --train.seed {seed} --out {out}"}
 _LINEAR = {"tiny": "probe {encoder} --kind linear --data.root {images} --data.limit 10000 --no-controls --seed {seed}",
            "small": "probe {encoder} --kind linear --data.root {images} --no-controls --seed {seed}",
-           "paper": "probe {encoder} --kind linear --optimizer lars --data.root {images} --no-controls --workers 8 --seed {seed}"}
+           "paper": "probe {encoder} --kind linear --optimizer lars --augment --data.root {images} --no-controls --amp --workers 8 --seed {seed}"}
 _PROPAGATE = {task: {"tiny": f"propagate {{encoder}} --task {task} --data.root {{{task}}} --img-size {size} --seed {{seed}} --out {{out}}",
                      "small": f"propagate {{encoder}} --task {task} --data.root {{{task}}} --img-size {size} --seed {{seed}} --out {{out}}",
                      "paper": f"propagate {{encoder}} --task {task} --data.root {{{task}}} --seed {{seed}} --out {{out}}"}
               for task, size in (("davis", "160 288"), ("vip", "160 288"), ("jhmdb", "160 160"))}
 _MATCH = "match {encoder} --data.root {posed} --data.shake .25 .25 --data.pairs 200 60 160"
 _SWEEP = "--lrs 1e-3 3e-3 --weight-decays 1e-2 --steps 300 --seed {seed}"
-_MEGADEPTH = "--layout megadepth --data.root {megadepth} --img-size 448 448 --data.pairs 8000 1000 1000 --batch-size 8 --amp --seed {seed}"
+_MEGADEPTH = "--layout megadepth --data.root {megadepth} --img-size 448 448 --data.pairs 8000 1000 1000 --data.shake .0714 0 --data.flips --batch-size 8 --amp --seed {seed}"
 _SCANNET = "--layout scannet --data.root {scannet} --probe-data {posed} --img-size 448 448 --data.pairs 8000 1000 1500 --batch-size 8 --amp --seed {seed}"
 _PROBED = {"tiny": f"{_MATCH} --img-size 64 64 --layer 0,-1 {_SWEEP}", "small": f"{_MATCH} --img-size 96 96 --layer 0,-1 {_SWEEP}", "paper": f"match {{encoder}} {_MEGADEPTH} --steps 25000"}
 _COSINE = {"tiny": f"{_MATCH} --img-size 64 64 --layer all --norm both --no-probe --seed {{seed}}", "small": f"{_MATCH} --img-size 96 96 --layer all --norm both --no-probe --seed {{seed}}",
            "paper": f"match {{encoder}} {_MEGADEPTH} --layer all --norm both --no-probe"}
 _POSE = {"tiny": "pose {encoder} --data.root {posed} --steps 400 --seed {seed}", "small": "pose {encoder} --data.root {posed} --steps 1000 --seed {seed}",
-         "paper": "pose {encoder} --data.root {posed} --steps 10000 --seed {seed}"}
+         "paper": "pose {encoder} --data.root {posed} --tune --steps 10000 --seed {seed}"}
 
 
 def _dense(task: str, layout: str, data: str, tiny: str = "") -> dict[Scale, str]:
@@ -133,7 +135,7 @@ _PAIRS_SEEN = {"tiny": 5e3, "small": 5e3, "paper": 250e3}
 EVALUATIONS: dict[str, Evaluation] = {
     "finetune": Evaluation("fine-tuned, top-1 %", _FINETUNE, _top1, images=_TUNED_IMAGES),
     "linear": Evaluation("linear probe, top-1 %", _LINEAR, _accuracy, images=_PROBED_IMAGES, seconds=30),
-    "attentive": Evaluation("attentive probe, top-1 %", {scale: words.replace("linear", "attentive").replace(" --optimizer lars", "").replace("10000", "4000 --data.test-limit 2000") for scale, words in _LINEAR.items()}, _accuracy,
+    "attentive": Evaluation("attentive probe, top-1 %", {scale: words.replace("linear", "attentive").replace(" --optimizer lars --augment", "").replace("10000", "4000 --data.test-limit 2000") for scale, words in _LINEAR.items()}, _accuracy,
                             images=_PROBED_IMAGES, seconds=60),
     "jf": Evaluation("DAVIS J&F", _PROPAGATE["davis"], _score("J&F"), images=_FRAMES_SEEN["davis"], seconds=30),
     "j": Evaluation("DAVIS J", _PROPAGATE["davis"], _score("J_mean")),

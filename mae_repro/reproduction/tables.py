@@ -21,6 +21,7 @@ import tyro
 # %% ../../nbs/reproduction/71_tables.ipynb #51b0aafe
 from ..parts.weights import UserError
 from ..training.config import Config
+from ..training.data import part_of_mixture
 from ..training.pretrain import fingerprint
 from ..training.recipes import recipe
 
@@ -109,7 +110,7 @@ DATA: dict[str, Data] = {
     "painted": Data("bags whose views a small model paints of the built-in photographs", made_by="views make --generator sldm-tiny --guidance 3 --format folders --out {made}", stands_in="views painted of built-in photographs"),
     "bags8": Data("bags with eight generated views of an image (mae-repro views make --num-views 8)"),
     "painted8": Data("bags of eight views that a small model paints of the built-in photographs", made_by="views make --generator sldm-tiny --guidance 3 --num-views 8 --format folders --out {made}", stands_in="eight views each, painted of built-in photographs"),
-    "scenes": Data("scenes: folders of pictures (see data/README.md)", built_in=""),
+    "scenes": Data("scenes: folders of pictures (see data/README.md), or a text file with a line LAYOUT:DIR:WEIGHT for each part of a mixture", built_in=""),
     "posed": Data("scenes with cameras.json and depth", made_by="views render --layout scene --still --num 60 --frames 8 --img-size 96 96 --seed 1 --out {made}"),
     "davis": Data("DAVIS-2017", made_by="views render --layout davis --num 8 --frames 20 --img-size 160 288 --seed 1 --out {made}"),
     "vip": Data("VIP", made_by="views render --layout vip --num 6 --frames 16 --img-size 160 288 --seed 2 --out {made}"),
@@ -127,6 +128,19 @@ Folders = make_dataclass("Folders", [
 Folders.__doc__ = "Where data is, by name. At scale tiny, built-in or rendered data stands for whatever is not given."
 
 
+def _mixture(path: Path) -> list[str]:
+    "The lines of a file that lists a mixture of scenes; UserError if there are none, or none that can be read."
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--data.scenes {path}: cannot be read ({error})") from None
+    if not (entries := [line for line in lines if line and not line.startswith("#")]):
+        raise UserError(f"--data.scenes {path}: lists nothing; write LAYOUT:DIR or LAYOUT:DIR:WEIGHT in each line, or give a folder of scenes")
+    for entry in entries:
+        part_of_mixture(entry)
+    return entries
+
+
 def data_words(words: list[str], given: Mapping[str, Path | None], scale: Scale, home: Path) -> tuple[list[str], list[str]]:
     """`words` with folders of data for names in braces, and the names that were used.
 
@@ -139,7 +153,9 @@ def data_words(words: list[str], given: Mapping[str, Path | None], scale: Scale,
             continue
         used.append(name)
         kind = DATA[name]
-        if given.get(name) is not None:
+        if name == "scenes" and word == "{scenes}" and given.get(name) is not None and given[name].is_file():
+            found[-1:] = ["--data.mixture", *_mixture(given[name])]
+        elif given.get(name) is not None:
             found.append(word.replace("{%s}" % name, str(given[name])))
         elif scale == "paper" or (kind.built_in is None and kind.made_by is None) or (scale == "small" and name == "images"):
             raise UserError(f"--data.{name} is missing: scale {scale} needs {kind.what}")
@@ -276,7 +292,7 @@ _TRIAL = {"pretrain": "--optim.epochs 1 --optim.warmup-epochs 0 --train.log-ever
 
 def trial_words(words: list[str]) -> list[str]:
     "What a trial adds to a command."
-    found = shlex.split(_TRIAL.get(words[0], ""))
+    found = shlex.split(_TRIAL.get(words[0], "")) + ["--epochs", "2"] * ("lars" in words)
     if words[0] == "pretrain":
         sources = [after for word, after in zip(words, words[1:]) if word == "--views.source"]
         scenes = (sources[-1] if sources else recipe(words[1]).views.source) == "scene"
