@@ -8,7 +8,7 @@ __all__ = ['TABLES']
 # %% ../../nbs/reproduction/74_cdgmae_tables.ipynb #c6b41988
 from dataclasses import replace
 
-from .tables import Row, Table
+from .tables import Row, Table, Words
 
 # %% ../../nbs/reproduction/74_cdgmae_tables.ipynb #8ba2c45b
 _PROPAGATED = ("jf", "j", "f", "miou", "pck1", "pck2")
@@ -21,8 +21,8 @@ _GEN = "Where no bags are given, frames of rendered scenes stand for generated v
 _PAINTED = {"tiny": "--data.root {painted} --data.repeats 400", "small": "--data.root {bags}", "paper": "--data.root {bags}"}
 
 
-def _source(key: str, title: str, options: str, source, paper: dict, scales=("tiny", "small", "paper")) -> Row:
-    return Row(key, title, "pair", options, paper, names={"source": source}, scales=scales)
+def _source(key: str, title: str, options: Words, source: Words, paper: dict) -> Row:
+    return Row(key, title, "pair", options, paper, names={"source": source})
 
 
 _SOURCES = (
