@@ -284,15 +284,18 @@ class DataArgs:
 
 
 def _labelled(root: Path | None, limit: int | None = None, test_limit: int | None = None):
-    "Training and test images with labels; both None if the data has none."
+    "Training and test images with labels; both None if the data has none. UserError if a part cannot be read: only data that lacks the training or the test part is divided."
     from mae_repro.parts.weights import UserError
-    from mae_repro.views.photos import open_images
+    from mae_repro.views.photos import open_images, parts_of
     if root is None:
         return None, None
-    try:
-        test = open_images(root, "test", test_limit)
-        train = open_images(root, "train", limit)
-    except UserError:
+    for name, number in (("limit", limit), ("test-limit", test_limit)):
+        if number is not None and number < 1:
+            raise UserError(f"--data.{name} {number} must be at least 1")
+    parts = parts_of(root)
+    if "train" in parts and parts & {"val", "test"}:
+        test, train = open_images(root, "test", test_limit), open_images(root, "train", limit)
+    else:
         everything = open_images(root, None, None)
         if everything.labels is None:
             return None, None
@@ -318,7 +321,7 @@ def _fifths(images, limit: int | None, test_limit: int | None):
 class ProbeArgs:
     "Accuracy of a simple classifier on frozen features: the encoder, its untrained self, and raw pixels."
     encoder: Annotated[Positional[str], arg(metavar="ENCODER")]
-    "A run's folder, a checkpoint file, or a timm name."
+    "A run's folder, a checkpoint file, a timm name, or weights that come with the project (mae-tiny)."
     data: DataArgs = field(default_factory=DataArgs)
     kind: Literal["knn", "linear", "attentive"] = "knn"
     "Nearest neighbours, a linear classifier, or one that learns which patches to look at (it reads all patch tokens: no --pool, no --optimizer)."
@@ -327,11 +330,11 @@ class ProbeArgs:
     optimizer: Literal["sgd", "adamw", "lars"] | None = None
     "Of the linear classifier, by default sgd; lars is MAE's published one, made for a million images."
     augment: bool = False
-    "Train the linear classifier on new crops in every epoch, as published; the encoder then reads all training images each time. With --optimizer lars."
+    "Train the linear classifier on new crops in every epoch, as published: slow, because the encoder reads all training images each time. Only with --kind linear --optimizer lars."
     epochs: int | None = None
-    "Of the linear classifier, by default 50; with lars 90."
+    "Passes of the linear classifier through the training images; by default 50, with --optimizer lars 90."
     amp: bool = False
-    "Run the encoder in bfloat16."
+    "Run the encoder in bfloat16: faster on most GPUs, slower on most CPUs."
     img_size: int | None = None
     "Size at which images are shown; by default the one the encoder was trained at."
     controls: bool = True
@@ -1003,7 +1006,7 @@ class MakeArgs(Generic[C]):
     "Processes on this machine, each on a GPU of its own if there are any; None: as many as GPUs, or 1."
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    "auto: bf16 on a GPU, fp32 elsewhere."
+    "auto: bf16 on a GPU that has it, fp16 on another, fp32 without one."
     json: Json = None
 
 
@@ -1037,25 +1040,39 @@ def _make(a: MakeArgs, rank: int, device: str, progress: bool = True, tick=None)
     return make_views(images, generator, a.out, a.config, rank, progress, tick)
 
 
+def _pictures(a: MakeArgs):
+    "The images that get other views; with --generator video the middle frames of videos. UserError that names the options of this command."
+    from mae_repro.parts.weights import UserError
+    from mae_repro.views.generators import open_frames
+    from mae_repro.views.photos import open_images
+    video = a.generator.partition(":")[0] == "video"
+    if video and a.images is None:
+        raise UserError("--generator video needs videos: give --images DIR (files, or folders of frames)")
+    try:
+        return open_frames(a.images, a.limit)[0] if video else open_images(a.images, a.split, a.limit)
+    except UserError as error:
+        raise UserError(str(error).replace("--data.root", "--images").replace("data.limit", "--limit").replace("data.split", "--split")) from None
+
+
+def _painting_dtype(precision: str, device: str):
+    "What a painter computes in. A GPU that only emulates bfloat16 is slow in it, and has float16."
+    import torch
+    if precision == "auto":
+        precision = "fp32" if device == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
 def _generator(a: MakeArgs, device: str):
     "The images, and who paints views of them."
-    import torch
-
     from mae_repro.parts.weights import UserError
     from mae_repro.views import generators as G
-    from mae_repro.views.photos import open_images
     kind, _, where = a.generator.partition(":")
     if a.steps < 1 or not abs(a.guidance) < 1e4:
         raise UserError(f"--steps {a.steps} must be at least 1, and --guidance {a.guidance} a number of sensible size (the paper's: 6)")
     if kind == "video":
-        if a.images is None:
-            raise UserError("--generator video needs videos: give --images DIR (files, or folders of frames)")
-        return G.open_frames(a.images, a.limit)
-    try:
-        images = open_images(a.images, a.split, a.limit)
-    except UserError as error:
-        raise UserError(str(error).replace("--data.root", "--images").replace("data.limit", "--limit").replace("data.split", "--split")) from None
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": torch.float32 if device == "cpu" else torch.bfloat16}[a.precision]
+        images = _pictures(a)
+        return images, G.FrameGenerator(images.videos)
+    images, dtype = _pictures(a), _painting_dtype(a.precision, device)
     if kind == "crops":
         if a.img_size < 1:
             raise UserError(f"--img-size {a.img_size} must be at least 1")
@@ -1095,11 +1112,8 @@ def _make_together(a: MakeArgs, count: int) -> int:
     import time
 
     from tqdm import tqdm
-
-    from mae_repro.views.photos import open_images
-    from mae_repro.views.videos import open_videos
     context = multiprocessing.get_context("spawn")
-    total = len(open_videos(a.images, a.limit) if a.generator == "video" else open_images(a.images, a.split, a.limit))
+    total = len(_pictures(a))
     done, results = context.Array("q", count), context.SimpleQueue()
     workers = [context.Process(target=_make_worker, args=(a, rank, count, done, results)) for rank in range(count)]
     for worker in workers:

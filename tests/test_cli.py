@@ -1,7 +1,10 @@
 "The command line on good and bad input: what is printed, where, and with which exit code."
 import argparse
+import io
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mae_repro.cli import COMMANDS, WELCOME, run
+from mae_repro.cli import COMMANDS, WELCOME, _labelled, run
 from mae_repro.methods.catalogue import open_encoder, open_model, save_model
 from mae_repro.methods.crossmae import CrossMAE
 from mae_repro.methods.mae import MAE
@@ -150,6 +153,77 @@ def test_probe_without_labels(trained, tmp_path, capsys):
         Image.new("RGB", (20, 20), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
     assert run(["probe", str(trained), "--data.root", str(tmp_path)]) == 2
     assert "labels" in capsys.readouterr().err
+
+
+def archive(path, count):
+    "An archive of `count` pictures of two classes."
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "jpeg")
+    jpeg = np.frombuffer(buffer.getvalue(), np.uint8)
+    np.savez(path, jpeg=np.tile(jpeg, count), offsets=np.arange(count + 1) * len(jpeg), labels=np.arange(count) % 2, names=np.array([b"x"] * count), class_names=np.array(["a", "b"]))
+
+
+def damaged(root, kind):
+    "Data whose training part is good, large enough to be divided, and whose test part is there and cannot be read."
+    if kind == "npz":
+        archive(root / "x_train.npz", 20)
+        (root / "x_val.npz").write_bytes(b"damaged")
+    elif kind == "cifar":
+        (root / "data_batch_1").write_bytes(pickle.dumps({"data": np.zeros((20, 3072), np.uint8), "labels": [i % 2 for i in range(20)]}))
+        (root / "test_batch").write_bytes(b"")
+    else:
+        shutil.copytree(kind, root / "train")
+        (root / "val").mkdir()
+
+
+@pytest.mark.parametrize("kind, says", [("npz", "x_val.npz is not an image archive"), ("cifar", "test_batch is not a file of CIFAR-10"), ("folders", "no images in")])
+def test_a_test_part_that_cannot_be_read_is_no_reason_to_divide_the_training_part(folder, tmp_path, capsys, kind, says):
+    damaged(tmp_path, folder if kind == "folders" else kind)
+    assert run(["probe", "mae-tiny", "--data.root", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert says in err and not out
+
+
+def test_data_without_a_test_part_is_divided(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "train")
+    for root in (folder, tmp_path):
+        train, test = _labelled(root)
+        assert (len(train), len(test)) == (16, 4) and not {*train.names} & {*test.names} and test.labels == [0, 0, 1, 1]
+    (tmp_path / "train").rename(tmp_path / "val")   # a test part alone is divided, too
+    assert [len(part) for part in _labelled(tmp_path)] == [16, 4]
+    shutil.copytree(folder, tmp_path / "train")
+    assert [len(part) for part in _labelled(tmp_path, 8, 6)] == [8, 6]
+    for limits, says in (((0, None), "--data.limit 0"), ((None, 0), "--data.test-limit 0")):
+        for root in (folder, tmp_path):
+            with pytest.raises(UserError, match=says):
+                _labelled(root, *limits)
+
+
+@pytest.mark.parametrize("change, says", [({"depth": "4"}, "config, depth: '4' is not of type int"), ({"img_size": ["16", 16]}, "config, img_size: '16' is not"), ({"norm_pix_loss": 1}, "config, norm_pix_loss: 1 is not of type bool"),
+                                          ({"mix_blocks": 3}, "config, mix_blocks: 3 is not"), ({"dept": 4}, "config: unknown field 'dept'"), (None, "config must hold fields")])
+def test_a_model_json_that_was_changed(tmp_path, capsys, change, says):
+    path, out = tmp_path / "run/model.json", tmp_path / "x.pth"
+    save_model(tmp_path / "run", MAE(**SIZES).build(), MAE(**SIZES))
+    assert run(["export", str(tmp_path / "run"), "--to", "official", "--out", str(out)]) == 0
+    about = json.loads(path.read_text())
+    about["config"] = None if change is None else about["config"] | change
+    path.write_text(json.dumps(about))
+    capsys.readouterr()
+    assert run(["probe", str(tmp_path / "run"), "--data.root", "digits"]) == 2
+    assert (said := capsys.readouterr().err).startswith(f"mae-repro probe: {path}, {says}") and "Traceback" not in said
+    torch.save(torch.load(out, weights_only=True) | {"mae_repro": json.dumps(about)}, out)   # what an exported file says about itself is read likewise
+    with pytest.raises(UserError) as error:
+        open_model(out)
+    assert str(error.value).startswith(f"{out}, {says}")
+
+
+@pytest.mark.parametrize("content, says", [(b"[]", "method None is not one of mae, "), (b'{"method": ["mae"]}', "is not one of mae, "), (b"{", "is damaged"), (b"\xff", "is damaged")])
+def test_a_model_json_that_is_none(tmp_path, content, says):
+    save_model(tmp_path, MAE(**SIZES).build(), MAE(**SIZES))
+    (tmp_path / "model.json").write_bytes(content)
+    with pytest.raises(UserError, match="model.json: ") as error:
+        open_model(tmp_path)
+    assert says in str(error.value)
 
 
 def test_export_to_timm(trained, tmp_path, capsys):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from mae_repro.evaluation.attentive import AttentiveConfig, AttentiveHeads, attentive_compare, attentive_predict, attentive_probe, fit_attentive
 from mae_repro.evaluation.dense import (Classes, DenseConfig, Depth, DPTMaps, FrozenTokens, LinearMaps, Normals, dense_compare, dense_figure, dense_probe, dense_size, fit_maps,
@@ -299,6 +300,33 @@ def test_a_head_of_a_sweep_is_the_head_trained_alone(task, rendered):
     for number, lr in enumerate((1e-4, 1e-2, 1e-3)):
         assert torch.allclose(together[number], heads(lr)[0], atol=2e-5)
     assert (together[0] - together[1]).abs().max() > 1e-3
+
+
+def test_statistics_of_tokens_are_exact_and_never_hold_all_of_them():
+    rand, made = torch.Generator().manual_seed(0), []
+    scale, offset = torch.tensor([1., 1e-3, 3., .05, 0., 0.]), torch.tensor([0., 0., -100., 1e5 / 3, 1e5 / 3, 0.])     # the fourth and fifth would cancel; the last two never change
+    every = torch.randn(7, 2, 5, 6, generator=rand) * scale + offset
+    every[:, 1] += torch.arange(7)[:, None, None] * scale                                                        # pictures differ
+
+    class Known:
+        device = torch.device("cpu")
+
+        def batches(self, rows, batch_size):
+            for i in range(0, len(rows), batch_size):
+                yield rows[i:i + batch_size], every[rows[i:i + batch_size]], None
+
+    class Sizes(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            made.append(out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+    with Sizes():
+        mean, std = token_statistics(Known(), range(7), 2)
+    x = every.double().transpose(0, 1).flatten(1, 2)
+    assert mean.shape == std.shape == (2, 1, 6) and mean.dtype == std.dtype == torch.float32
+    torch.testing.assert_close(mean.double(), x.mean(1, keepdim=True), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(std.double(), x.std(1, keepdim=True).clamp(min=1e-6), rtol=1e-6, atol=0)
+    assert max(made) == 2 * every[0].numel()
 
 
 def test_tokens_are_computed_once_if_they_fit(rendered):

@@ -175,6 +175,35 @@ def test_calibration_sees_the_whole_data_set(encoder_run):
     assert torch.allclose(both[0], -both[1], atol=1e-3) and both[0].abs().sum() > 1
 
 
+def test_the_condition_is_the_same_in_mixed_precision(model):
+    "What the UNet is told in training, under autocast, is what it is told when it paints, without."
+    images = normalise(torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8))
+    plain = model.encoder(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.encoder(images), plain)
+        assert torch.equal(model.encoder(images.bfloat16()), model.encoder(images.bfloat16().float()))
+    half = FrozenEncoder.around(model.encoder.vit, pool="mean")
+    half.vit.bfloat16()
+    assert torch.allclose(half(images), FrozenEncoder.around(model.encoder.vit, pool="mean")(images), atol=.1) and half(images).dtype == torch.float32
+
+
+class Elsewhere(torch.Tensor):
+    "A tensor on a device without float64, as Apple's are."
+    def double(self):
+        raise TypeError("this device has no float64")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_calibration_on_a_device_without_float64(encoder_run, monkeypatch):
+    x, frozen = torch.randn(12, 3, 16, 16), [FrozenEncoder.around(open_encoder(encoder_run), pool="mean") for _ in range(2)]
+    frozen[0].calibrate(x.split(5))
+    monkeypatch.setattr(FrozenEncoder, "forward", lambda self, images, inner=FrozenEncoder.forward: inner(self, images).as_subclass(Elsewhere))
+    frozen[1].calibrate(x.split(5))
+    assert torch.equal(frozen[0].mean, frozen[1].mean) and torch.equal(frozen[0].scale, frozen[1].scale) and frozen[1].mean.abs().sum() > 0
+
+
 def test_half_precision_leaves_the_encoder_alone(plain):
     exact, half = open_pipeline(plain), open_pipeline(plain, torch.bfloat16)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8))

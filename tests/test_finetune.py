@@ -383,6 +383,22 @@ def test_cls_without_class_token_and_other_runs(whole, root, tmp_path):
         T.recipe("vitg", encoder())
 
 
+def test_the_same_command_again_leaves_a_running_training_alone(root, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    T.write_json(folder / "config.json", T.config_to_dict(config()))   # no metrics, no checkpoint: it has just begun
+    with P.run_lock(folder), pytest.raises(UserError, match="another process"):
+        run(config(), root, folder)
+    assert T.read_config(folder) == config()
+
+
+def test_config_that_is_none(tmp_path):
+    for content in ("3", "[]", "null"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match="config.json.*no fields"):
+            T.read_config(tmp_path)
+
+
 def test_another_encoder_is_refused_on_resume(root, tmp_path):
     def stopping(tuner, batches, update=P.update):
         update(tuner, batches)

@@ -380,6 +380,25 @@ def test_command_line(folder, tmp_path, capsys):
     assert run(["views", "make", "--generator", "video", "--images", str(folder), "--out", str(tmp_path / "v"), "--num-views", "2"]) == 0
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("args, said", [(["--images", "nowhere"], "(--images DIR)"), (["--images", "nowhere", "--generator", "video"], "(--images DIR)"), (["--limit", "0"], "--limit 0 leaves no images"),
+                                        (["--split", "dev"], "--split 'dev' is unknown"), (["--generator", "video"], "give --images DIR")])
+def test_mistakes_name_the_options_of_this_command(tmp_path, capsys, monkeypatch, processes, args, said):
+    monkeypatch.chdir(tmp_path)
+    assert run(["views", "make", "--generator", "crops", *args, "--out", "x", "--device", "cpu", "--processes", processes]) == 2
+    assert said in (found := capsys.readouterr().err) and "data." not in found and "Traceback" not in found
+
+
+@pytest.mark.parametrize("device, precision, native, found", [("cpu", "auto", False, torch.float32), ("cuda:0", "auto", True, torch.bfloat16), ("cuda:0", "auto", False, torch.float16),
+                                                              ("cuda:0", "bf16", False, torch.bfloat16), ("cuda:0", "fp32", True, torch.float32)])
+def test_precision_of_a_painter(tmp_path, monkeypatch, device, precision, native, found):
+    "bfloat16 by itself only where the GPU computes in it: PyTorch calls an emulation support, unless asked."
+    from mae_repro.cli import MakeArgs, _generator
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    monkeypatch.setitem(G.DIFFUSERS, "unclip", lambda model, steps, guidance, device, dtype: dtype)
+    assert _generator(MakeArgs("unclip:model", tmp_path, MakeConfig(), precision=precision), device)[1] == found
+
+
 def test_scores_and_filter_from_the_command_line(folder, tmp_path, capsys):
     bags, images = tmp_path / "bags", str(folder)
     assert run(["views", "make", "--generator", "crops", "--images", images, "--img-size", "64", "--num-views", "3", "--out", str(bags)]) == 0

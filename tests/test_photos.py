@@ -13,7 +13,7 @@ from PIL import Image
 
 from mae_repro.parts.weights import UserError
 from mae_repro.views import photos, samples
-from mae_repro.views.photos import BrokenImage, Crops, EvalCrop, SingleCrop, load_image, open_images
+from mae_repro.views.photos import BrokenImage, Crops, EvalCrop, SingleCrop, load_image, open_images, parts_of
 from mae_repro.views.samples import EpochBatches, Views, loader
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -337,8 +337,24 @@ def test_folder_that_may_not_be_read(tmp_path, monkeypatch):
     def refuse(folder):
         raise PermissionError(13, "Permission denied", str(folder))
     monkeypatch.setattr(photos.os, "scandir", refuse)
-    with pytest.raises(UserError, match=f"cannot read {tmp_path}: Permission denied"):
-        open_images(tmp_path)
+    for look in (open_images, parts_of):
+        with pytest.raises(UserError, match=f"cannot read {tmp_path}: Permission denied"):
+            look(tmp_path)
+
+
+def test_parts(tmp_path):
+    "Whether a part can be read does not matter to the question whether it is there."
+    fill(tmp_path / "folders", ["train/a/1.png"])
+    (tmp_path / "folders/valid").mkdir()
+    cifar(tmp_path / "cifar")
+    (tmp_path / "cifar/cifar-10-batches-py/test_batch").write_bytes(b"")
+    (tmp_path / "npz").mkdir()
+    for part in ("train", "test"):
+        (tmp_path / f"npz/toy_{part}.npz").write_bytes(b"")
+    found = {name: parts_of(tmp_path / name) for name in ("folders", "cifar", "npz", "folders/train")}
+    assert found == {"folders": {"train", "val"}, "cifar": {"train", "test"}, "npz": {"train", "test"}, "folders/train": {"all"}} and parts_of("digits") == {"train", "test"}
+    with pytest.raises(UserError, match="missing"):
+        parts_of(tmp_path / "nowhere")
 
 
 @pytest.mark.skipif(not (SHARED / "data/cifar10").is_dir(), reason="needs data/cifar10 of the shared folder (MAE_REPRO_SHARED)")

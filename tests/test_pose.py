@@ -244,6 +244,13 @@ def test_the_best_head_is_kept_not_the_last():
         assert np.median(np.maximum(*pose_errors(*reader.read(val, pairs), *val.motion(pairs)))) == pytest.approx(min(errors), abs=1e-3)
 
 
+@pytest.mark.parametrize("tune, said", [(False, "a lower lr than 1e\\+30$"), (True, "a lower lr than 1e\\+30, or a lower encoder_lr than 1e\\+30, or leave out --tune$")])
+def test_a_head_that_diverges_is_one_line(tune, said):
+    views = read_views(Moving(2), range(2), 16, CONFIG, progress=False)
+    with pytest.raises(UserError, match="the pose head diverged: give " + said):
+        fit_pose(small_encoder(), views, views, replace(CONFIG, tune=tune, lr=1e30, encoder_lr=1e30), progress=False)
+
+
 def test_same_seed_same_head_and_the_encoder_is_left_alone():
     encoder, scenes = small_encoder(), Moving(4)
     before = {k: v.clone() for k, v in encoder.state_dict().items()}

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from mae_repro.evaluation import probes
-from mae_repro.evaluation.probes import (HalfCrops, Heads, ProbeConfig, RawPixels, compare, crop_origin_probe, extract_features, fit_heads, format_table,
-                                         head_optimizer, head_step, knn_predict, linear_predict, probe, probe_all, wilson)
+from mae_repro.evaluation.probes import (HalfCrops, Heads, ProbeConfig, RawPixels, best_rate, compare, crop_origin_probe, extract_features, fit_heads, format_table,
+                                         head_optimizer, head_step, held_out, knn_predict, linear_predict, probe, probe_all, text_table, wilson)
 from mae_repro.parts.encoder import Encoder
 from mae_repro.parts.weights import UserError, data_dir
 from mae_repro.training.optimisation import cosine_lr
@@ -57,7 +57,7 @@ def small_encoder():
 def knn_loop(train_x, train_y, test_x, k, temperature):
     out = []
     for q in test_x:
-        cos = [F.cosine_similarity(q, t, dim=0).item() for t in train_x]
+        cos = [F.cosine_similarity(q.double(), t.double(), dim=0).item() for t in train_x]
         near = sorted(range(len(cos)), key=lambda i: -cos[i])[:k]
         votes = {}
         for i in near:
@@ -67,7 +67,7 @@ def knn_loop(train_x, train_y, test_x, k, temperature):
     return torch.tensor(out)
 
 
-@pytest.mark.parametrize("temperature", [0.07, 0.5, None])
+@pytest.mark.parametrize("temperature", [0.005, 0.07, 0.5, None])       # exp(1 / 0.005) is more than float32 can hold
 @pytest.mark.parametrize("k", [1, 4, 9, 500])
 def test_knn_equals_brute_force(k, temperature):
     rand = torch.Generator().manual_seed(k)
@@ -133,6 +133,38 @@ def test_sweep_survives_a_rate_that_diverges():
     assert settings["lr"] == 0.1 and (predicted == y).float().mean() > 0.95
 
 
+def test_a_rate_that_diverges_never_wins():
+    "A head of nan says class 0 everywhere, which happens to be right for all that is held out here."
+    x, y = torch.randn(100, 3, generator=torch.Generator().manual_seed(0)), torch.ones(100, dtype=torch.int64)
+    held, rest = held_out(100, 0)
+    y[held], y[rest[:5]] = 0, 0
+    _, settings = linear_predict(x, y, x, ProbeConfig(lrs=(0.1, 3e38), epochs=5))
+    assert settings["lr"] == 0.1 and settings["held_out_accuracy"] < 1
+    with pytest.raises(UserError, match="every head of the probe diverged: .* lower lrs than 1e\\+38, 3e\\+38$"):
+        linear_predict(x, y, x, ProbeConfig(lrs=(1e38, 3e38), epochs=5))
+    assert best_rate([.5, .9, .9, 1.], [1., 3., 2., math.inf], [1, 2, 3, 4]) == 2
+
+
+def test_held_out_examples_are_scored_in_pieces(monkeypatch):
+    "Never more than 4096 at once (all logits of a tenth of ImageNet would be gigabytes), and as if all were scored together."
+    rand, sizes, forward = torch.Generator().manual_seed(0), [], Heads.forward
+    y = torch.randint(0, 3, (50_000,), generator=rand)
+    x = torch.randn(50_000, 2, generator=rand) + y[:, None]
+    config = ProbeConfig(lrs=(0.01, 0.1, 1.), epochs=1, head_batch_size=4096)
+    held, rest = held_out(50_000, 0)
+    assert len(held) == 5000 and torch.equal(torch.cat([held, rest]).sort().values, torch.arange(50_000))
+    heads = fit_heads(x[rest], y[rest], 3, config.lrs, epochs=1, batch_size=4096)
+    with torch.no_grad():
+        right, loss = (heads(x[held]).argmax(2) == y[held, None]).float().mean(0), heads.losses(x[held], y[held])
+    monkeypatch.setattr(Heads, "forward", lambda self, x: sizes.append((self.training, len(x))) or forward(self, x))
+    settings = linear_predict(x, y, x[:5], config)[1]
+    assert [size for training, size in sizes if not training] == [4096, 904, 5]
+    best = best_rate(right.tolist(), loss.tolist(), config.lrs)
+    assert settings["lr"] == config.lrs[best] and settings["held_out_accuracy"] == right[best].item()
+    again = probes._accuracy_and_loss(heads, x[held], y[held], "cpu")
+    assert again[0] == right.tolist() and again[1] == pytest.approx(loss.tolist(), rel=1e-6)
+
+
 def test_among_equally_accurate_rates_the_lower_loss_wins():
     rand = torch.Generator().manual_seed(0)
     y = torch.randint(0, 2, (200,), generator=rand)
@@ -192,6 +224,13 @@ def test_wilson_interval():
     rand = np.random.default_rng(0)
     inside = [low <= share <= high for low, high in (wilson(c, 50) for c in rand.binomial(50, share, 4000).tolist())]
     assert 0.93 < np.mean(inside) < 0.985
+
+
+def test_text_table():
+    lines = [("name", "n", "about", ""), ("a", "10", "long words", ""), ("longer", "9", "", "")]
+    assert text_table(lines) == "name     n       about\na       10  long words\nlonger   9"
+    assert text_table(lines, (0, 2)).splitlines()[0] == "name     n  about"
+    assert text_table([["only"]]) == "only"
 
 
 def test_table_and_json():

@@ -16,7 +16,8 @@ from PIL import Image
 from mae_repro.parts.weights import UserError
 from mae_repro.views import layouts, scenes
 from mae_repro.views.layouts import LAYOUTS, davis_palette, objects, write_layout
-from mae_repro.views.photos import Pixels
+from mae_repro.views.photos import BrokenImage, Pixels
+from mae_repro.views.posed import SceneFolders
 from mae_repro.views.scenes import FIGURE, JOINTS, PARTS, Scenes, cast, correspondences, make_world, render, warp
 
 T, H, W = 12, 72, 96
@@ -458,6 +459,20 @@ def test_scene(written):
         assert depth.mode.startswith("I") and np.abs(np.asarray(depth) / 1000 - s.depth[t]).max() < 6e-4
         assert (np.asarray(Image.open(out / "scene-001" / view["mask"])) == s.ids[t]).all()
         assert (np.asarray(Image.open(out / "scene-001" / view["file"])) == s.images[t].transpose(1, 2, 0)).all()
+
+
+def test_masks_of_sixteen_bits(tmp_path):
+    "Numbers up to 255 are read whatever the file's depth; 257 is refused, and does not become 1."
+    write_layout("scene", tmp_path, 1, 2, 24)
+    scenes = SceneFolders(tmp_path)
+    path = scenes.folders[0] / scenes.views[0][1]["mask"]
+    numbers = np.asarray(Image.open(path)).astype(np.uint16)
+    Image.fromarray(numbers).save(path)
+    assert (scenes.frame(0, 1).mask == numbers).all() and scenes.frame(0, 1).mask.dtype == np.uint8
+    numbers[0, 0] = 257
+    Image.fromarray(numbers).save(path)
+    with pytest.raises(BrokenImage, match=f"{path.name}: holds numbers above 255"):
+        scenes.frame(0, 1)
 
 
 def test_nothing_of_the_users_is_overwritten(tmp_path):

@@ -14,6 +14,7 @@ from mae_repro.methods.crossmae import CrossMAE
 from mae_repro.methods.mae import MAE
 from mae_repro.methods.siamese import CropMAE, SiamMAE
 from mae_repro.parts.weights import UserError, load_state
+from mae_repro.training import data as D
 from mae_repro.training import pretrain as P
 from mae_repro.training.config import Config, replace_in
 from mae_repro.training.data import DataConfig, ViewsConfig, open_source, open_views
@@ -151,6 +152,40 @@ def test_neighbours_of_too_few_images(frames, tmp_path):
         open_source(DataConfig(frames, limit=2), ViewsConfig(source="random-pair"), 16, 4)
 
 
+def test_neighbours_are_sought_where_training_computes(frames, monkeypatch):
+    "With the encoder on this process's GPU, and as many workers as the training has."
+    asked = []
+
+    def seek(images, embed, k, img_size, workers=0, **others):
+        asked.append((embed(torch.zeros(2, 3, img_size, img_size, dtype=torch.uint8)).device.type, workers))
+        return np.arange(len(images))[:, None] - 1
+    monkeypatch.setattr(D, "nearest_neighbours", seek)
+    monkeypatch.setattr(D, "_own_device", lambda: torch.device("meta"))
+    open_source(DataConfig(frames, limit=4, workers=3), ViewsConfig(source="neighbour", embed="mae-tiny", neighbours=1), 16, 2)
+    assert asked == [("meta", 3)]
+
+
+@pytest.mark.parametrize("rank, device", [(None, "cuda:0"), ("1", "cuda:1"), ("3", "cuda:1")])
+def test_the_gpu_of_a_process(monkeypatch, rank, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert str(D._own_device()) == device
+
+
+@pytest.mark.parametrize("source", ["video", "bag", "scene"])
+def test_built_in_scenes_of_a_size_that_cannot_be(tmp_path, monkeypatch, source):
+    with pytest.raises(UserError, match="^--method.img-size 3200: .*4800") as error:
+        open_source(DataConfig(), ViewsConfig(source=source), 3200, 2)
+    assert "\n" not in str(error.value)
+    monkeypatch.setenv("MAE_REPRO_CACHE", str(tmp_path / "file"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="^rendered scenes cannot be kept"):   # says itself what is wrong
+        open_source(DataConfig(limit=1), ViewsConfig(source=source), 16, 2)
+
+
 def test_colours_are_changed_view_by_view(frames):
     plain = open_source(DataConfig(frames), ViewsConfig(source="bag", flip=False, scale=(1., 1.), ratio=(4 / 3, 4 / 3)), (24, 32), 2)
     jittered = open_source(DataConfig(frames), ViewsConfig(source="bag", flip=False, scale=(1., 1.), ratio=(4 / 3, 4 / 3), color_jitter=.4), (24, 32), 2)
@@ -163,7 +198,7 @@ def test_colours_are_changed_view_by_view(frames):
     assert (change[0].mean() - change[1].mean()).abs() > .5
 
 
-def test_joint_crops_and_parts_are_obeyed_by_every_source(frames, tmp_path):
+def test_joint_crops_and_parts_are_obeyed_by_every_source(frames, tmp_path, monkeypatch):
     same = Image.open(frames / "00/00000.png")
     for part in ("train", "val"):
         for i in range(3):
@@ -177,3 +212,5 @@ def test_joint_crops_and_parts_are_obeyed_by_every_source(frames, tmp_path):
     for split in ("train", "val"):
         bags = open_source(DataConfig(tmp_path, split=split), ViewsConfig(source="bag"), 16, 2)
         assert len(bags) == 3 and all(f"/{split}/" in bags.name(i) for i in range(3))
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert len(open_source(DataConfig(Path("~") / tmp_path.name), ViewsConfig(source="bag"), 16, 2)) == 3

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -368,9 +369,10 @@ def test_a_new_run_never_overwrites(plain, images, tmp_path):
 def test_resume_of_what_is_not_a_run(tmp_path):
     with pytest.raises(UserError, match="not a run"):
         P.resume(tmp_path / "nothing")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="JSON"):
-        P.resume(tmp_path)
+    for content, said in ((b"{", "JSON"), (b"\xff\xfe", "JSON"), (b"3", "no fields"), (b"[]", "no fields"), (b"null", "no fields")):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(UserError, match=f"config.json.*{said}"):
+            P.resume(tmp_path)
 
 
 def stop_at(step: int, number: int = signal.SIGTERM):
@@ -489,8 +491,33 @@ def test_batch_larger_than_data_and_missing_data(images, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_only_a_folder_made_by_this_call_is_removed(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(P, "Trainer", mock.Mock(side_effect=UserError("it cannot be made")))
+    (tmp_path / "there").mkdir()
+    for folder in ("new", "there"):
+        with pytest.raises(UserError, match="cannot be made"):
+            P.pretrain(small(images), tmp_path / folder, progress=False)
+    assert not (tmp_path / "new").exists() and (tmp_path / "there").exists()
+    for made, main, name, left in ((True, True, "config.json", False), (False, True, "config.json", True), (True, False, "config.json", True), (True, True, "metrics.jsonl", True)):
+        (tmp_path / "new").mkdir(exist_ok=True)
+        (tmp_path / "new" / name).touch()
+        with pytest.raises(UserError), P.made_here(tmp_path / "new", made, SimpleNamespace(is_main_process=main)):
+            raise UserError
+        assert (tmp_path / "new" / name).exists() == left
+
+
+def test_bf16_that_is_only_emulated_is_not_taken(monkeypatch):
+    config, native = small(None, train__precision="auto", train__device="auto"), False
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert P._precision(config) == "fp16"   # a T4, a V100
+    native = True
+    assert P._precision(config) == "bf16" and P._precision(replace_in(config, "train.device", "cpu")) == "no"
+
+
 def test_one_process_at_a_time(images, tmp_path):
-    run = P._found_run(small(images), tmp_path / "run", tmp_path)
+    run, made = P._found_run(small(images), tmp_path / "run", tmp_path)
+    assert made
     holder = subprocess.Popen([sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); time.sleep(60)",
                                str(run / "lock")], stdout=subprocess.PIPE)
     try:

@@ -8,6 +8,8 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from PIL import Image
 
 from mae_repro.parts.weights import UserError
 from mae_repro.views import bags as bags_module
-from mae_repro.views.bags import BagViews, bag_order, open_bags, smallest
+from mae_repro.views.bags import BagViews, bag_order, open_bags, open_pictures, smallest
 from mae_repro.views.pairs import Crop, CropViews, NeighbourViews, RandomPartners, distinct, drawn, nearest_neighbours, show_source
 from mae_repro.views.photos import BrokenImage, Pixels, open_images
 from mae_repro.views.samples import EpochBatches, Views, loader
@@ -305,13 +307,41 @@ def test_neighbour_index_is_kept(tmp_path, caplog):
     assert ask(name="other")[1] and ask(k=3)[1] and ask(images=colours(seed=1))[1] and ask(images=images.take(np.arange(30)))[1]
     assert ask(name=None)[1] and ask(name=None)[1], "without a name nothing may be kept"
     folder = tmp_path / "cache/neighbours"
-    assert len(list(folder.iterdir())) == 5 and not list(folder.glob("*tmp*"))
-    for file in folder.iterdir():
+    assert len(list(folder.glob("*.npy"))) == 5 and not list(folder.glob("*tmp*"))
+    for file in folder.glob("*.npy"):
         file.write_bytes(file.read_bytes()[:100])
     again, n = ask()
     assert n and np.array_equal(again, first) and "is damaged" in caplog.text
     assert ask()[1] == 0
     assert ask(cache=tmp_path / "elsewhere/deep")[1] and ask(cache=tmp_path / "elsewhere/deep")[1] == 0
+
+
+def test_one_looks_for_neighbours_and_the_others_wait(tmp_path):
+    started, go, calls, found = threading.Event(), threading.Event(), [], {}
+
+    def ask(who):
+        def embed(x):
+            calls.append(who)
+            started.set()
+            assert go.wait(20)
+            return mean_colour(x)
+        found[who] = nearest_neighbours(colours(), embed, img_size=8, name="mean colour")
+    first, second = (threading.Thread(target=ask, args=(who,)) for who in ("first", "second"))
+    first.start()
+    assert started.wait(20)
+    second.start()
+    time.sleep(.3)
+    go.set()
+    first.join()
+    second.join()
+    assert calls == ["first"] and np.array_equal(found["first"], found["second"])
+
+
+def test_neighbours_where_nothing_can_be_kept(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    found = nearest_neighbours(colours(), mean_colour, img_size=8, name="mean colour", cache=tmp_path / "file/deep")
+    assert np.array_equal(found, nearest_neighbours(colours(), mean_colour, img_size=8))
+    assert [record.message for record in caplog.records] == [f"the neighbours cannot be kept in {tmp_path / 'file/deep'}: Not a directory"]
 
 
 def test_unreadable_images_are_nobodys_neighbours(tmp_path, caplog):
@@ -828,6 +858,18 @@ def test_bag_folders(tmp_path, caplog):
     (tmp_path / "x/y/bag0/2.png").unlink()
     with pytest.raises(BrokenImage, match="bag0: had 4 pictures when it was opened, and has 3 now"):
         bags.frames(0, [3])
+
+
+def test_parts_of_bags(tmp_path, monkeypatch):
+    fill_bags(tmp_path / "b/train", 3, 2)
+    fill_bags(tmp_path / "b/val", 2, 2)
+    write_shard(tmp_path / "s/train/0.tar", ["x", "y"])
+    write_shard(tmp_path / "s/val/0.tar", ["z"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert [len(open_bags("~/b", split=part)) for part in ("train", "val", "test", None)] == [3, 2, 5, 5]
+    assert names(open_bags("~/b", 1, "val")) == ["bag0"]
+    assert [len(open_pictures("~/s", part)) for part in ("train", "val", "test")] == [10, 5, 15]
+    assert len(open_bags("~/s/val/0.tar", split="val")) == 1
 
 
 def test_shards_hold_the_same_bags(tmp_path):

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 # %% ../../nbs/analysis/57_view_scores.ipynb #e3d5a906
 from .consistency import global_similarity, local_similarity, nearest_patch_similarity, view_tokens
+from ..evaluation.probes import text_table
 from ..parts.features import encoder_patch_size, encoder_size, fingerprint
 from ..parts.patches import normalise
 from ..parts.weights import UserError
@@ -96,7 +97,7 @@ def pair_source(text: str, config: ScoreConfig, img_size: int) -> Source:
     views = ViewsConfig(source="crop-pair" if kind == "identical" else kind, joint=whole and kind == "video", strategy="SameViews" if kind == "identical" else config.strategy,
                         gap=config.gap, target=config.target, neighbours=config.neighbours, embed=config.embed, **cut)
     limit = config.limit or BUILT_IN_SCENES if root is None and kind in ("video", "bag") else config.limit
-    return open_source(DataConfig(root, split=config.split, limit=limit), views, img_size, 2)
+    return open_source(DataConfig(root, split=config.split, limit=limit, workers=config.workers), views, img_size, 2)
 
 # %% ../../nbs/analysis/57_view_scores.ipynb #5bc35e9c
 def centre_square(image: Image.Image, img_size: int) -> Tensor:
@@ -305,9 +306,8 @@ def format_table(rows: Sequence[ViewScore]) -> str:
         count = f"{r.pairs}" + f" ({r.distinct} distinct)" * (r.distinct < r.pairs)
         lines.append([name(r.source), count, str(r.items), cell(r, "gs"), cell(r, "ls"), cell(r, "nps"), number(r.scores["nps_ab"]), number(r.scores["nps_ba"]),
                       *[number(r.distance)] * bool(base), " ".join(number(v) for v in r.published.values()) if r.published else ""])
-    widths = [max(map(len, column)) for column in zip(*lines)]
     how = f"{rows[0].encoder}: block {s['layer']}, {'final norm' if s['norm'] else 'no norm'}, {s['preprocess']}, {s['img_size']} pixels; 95 % intervals over items"
-    text = [how] + ["  ".join(c.ljust(w) if i in (0, len(line) - 1) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip() for line in lines]
+    text = [how, text_table(lines, (0, len(lines[0]) - 1))]
     text += [f"distance: from {name(base.source)}, over GS, LS and NPS"] if base else []
     text += [f"{name(r.source)}: {r.skipped} pairs could not be read: {'; '.join(r.broken[:3])}" + " ..." * (len(r.broken) > 3) for r in rows if r.skipped]
     return "\n".join(text)

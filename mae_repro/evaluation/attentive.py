@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 # %% ../../nbs/evaluation/61_attentive.ipynb #5e289ae9
-from .probes import ProbeResult, check_labels, extract_features, image_size, wilson
+from .probes import ProbeResult, best_rate, check_labels, extract_features, held_out, image_size, scored
 from .propagation import PatchPixels, at_size
 from ..parts.features import encoder_patch_size
 from ..parts.patches import grid_size
@@ -123,20 +123,16 @@ def _logits(heads: AttentiveHeads, x: Tensor, device: str | torch.device) -> Ten
 def attentive_predict(train_x: Tensor, train_y: Tensor, test_x: Tensor, config: AttentiveConfig = AttentiveConfig(), device: str | torch.device = "cpu",
                       progress: bool = False) -> tuple[Tensor, dict]:
     "Classes (N,) of test tokens (N, L, D), and the settings used. As `probes.linear_predict`: the rate is chosen on a held-out tenth of the training set, then a head is trained on all of it. UserError if all diverge."
-    classes, count, lr, held_out = int(train_y.max()) + 1, len(train_x), config.lrs[0], None
+    classes, count, lr, accuracy = int(train_y.max()) + 1, len(train_x), config.lrs[0], None
     if len(config.lrs) > 1:
-        shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))
-        held, rest = shuffled[:math.ceil(count / 10)], shuffled[math.ceil(count / 10):]
+        held, rest = held_out(count, config.seed)
         logits = _logits(fit_attentive(train_x[rest], train_y[rest], classes, config.lrs, config, device, progress), train_x[held], device)
         right = [(logits[:, r].argmax(1) == train_y[held]).float().mean().item() for r in range(len(config.lrs))]
         loss = [F.cross_entropy(logits[:, r], train_y[held]).item() for r in range(len(config.lrs))]
-        alive = [r for r in range(len(config.lrs)) if math.isfinite(loss[r])]
-        if not alive:
-            raise UserError(f"every attentive head diverged: give lower lrs than {config.lrs}")
-        best = max(alive, key=lambda r: (right[r], -loss[r]))
-        lr, held_out = config.lrs[best], right[best]
+        best = best_rate(right, loss, config.lrs)
+        lr, accuracy = config.lrs[best], right[best]
     head = fit_attentive(train_x, train_y, classes, [lr], config, device, progress)
-    settings = dict(lr=lr, epochs=config.epochs, batch_size=min(config.batch_size, count), num_heads=len(head.heads[0].query), seed=config.seed, held_out_accuracy=held_out)
+    settings = dict(lr=lr, epochs=config.epochs, batch_size=min(config.batch_size, count), num_heads=len(head.heads[0].query), seed=config.seed, held_out_accuracy=accuracy)
     return _logits(head, test_x, device)[:, 0].argmax(1), settings
 
 # %% ../../nbs/evaluation/61_attentive.ipynb #1db15724
@@ -153,13 +149,9 @@ def attentive_probe(encoder: nn.Module, train_images, test_images, img_size=None
         raise UserError(f"the patch tokens of {len(train_images)} and {len(test_images)} images need {needed:.1f} GB, and memory_gb is {config.memory_gb}: give --data.limit and --data.test-limit")
     reading = dict(img_size=size, batch_size=batch_size, workers=workers, device=device, amp=amp, progress=progress)
     train, test = (extract_features(_AllTokens(sized), images, name=f"{name}: {part}", **reading)["mean"] for images, part in ((train_images, "training images"), (test_images, "test images")))
-    if len(train.y.unique()) < 2:
-        raise UserError("fewer than two classes are left among the readable training images: a probe needs at least two")
     tokens = lambda found: rearrange(found.x, "n (l d) -> n l d", l=patches)
-    predicted, settings = attentive_predict(tokens(train), train.y, tokens(test), config, device, progress)
-    correct, total = int((predicted == test.y).sum()), len(test.y)
-    return ProbeResult(name, "attentive", "attention", correct / total, *wilson(correct, total), chance=test.y.bincount().max().item() / total, correct=correct, tested=total,
-                       trained=len(train.y), classes=len(train.y.unique()), dim=tokens(train).shape[2], skipped=len(train.skipped) + len(test.skipped), settings=settings)
+    predict = lambda: attentive_predict(tokens(train), train.y, tokens(test), config, device, progress)
+    return scored(predict, train, test, "attentive", "attention", name, tokens(train).shape[2])
 
 
 def attentive_compare(encoder: nn.Module, train_images, test_images, untrained: Callable[[], nn.Module] | None = None, img_size=None, batch_size: int = 64, workers: int = 0,

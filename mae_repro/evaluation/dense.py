@@ -25,6 +25,7 @@ from tqdm import tqdm
 # %% ../../nbs/evaluation/59_dense.ipynb #1e05f93b
 from .dense_maps import DenseSet, class_counts, class_scores, colour, depth_errors, normal_errors, remembered, spread
 from .geometry import DPTHead, monocular_hooks
+from .probes import text_table
 from .propagation import PatchPixels, patch_features
 from ..parts.features import encoder_patch_size, encoder_size
 from ..parts.patches import grid_size, normalise
@@ -155,8 +156,14 @@ class DPTMaps(nn.Module):
 # %% ../../nbs/evaluation/59_dense.ipynb #f4a53683
 def token_statistics(frozen: FrozenTokens, rows: Sequence[int], batch_size: int) -> tuple[Tensor, Tensor]:
     "Mean and deviation (layers, 1, D) over the tokens of at most 256 of the pictures `rows`, of each layer by itself."
-    x = torch.cat([rearrange(tokens, "b n l d -> n (b l) d").double().cpu() for _, tokens, _ in frozen.batches([rows[i] for i in spread(len(rows), 256)], batch_size)], 1)
-    return x.mean(1, keepdim=True).float().to(frozen.device), x.std(1, keepdim=True).clamp(min=1e-6).float().to(frozen.device)
+    count, start, total, squares = 0, None, 0., 0.
+    for _, tokens, _ in frozen.batches([rows[i] for i in spread(len(rows), 256)], batch_size):
+        x = rearrange(tokens.cpu().double(), "b n l d -> n (b l) d")
+        start = x.mean(1, keepdim=True) if start is None else start
+        x = x - start    # near the mean: else the difference of squares below would cancel
+        count, total, squares = count + x.shape[1], total + x.sum(1, keepdim=True), squares + x.square().sum(1, keepdim=True)
+    mean, std = start + total / count, ((squares - total.square() / count) / (count - 1)).clamp(min=1e-12).sqrt()
+    return mean.float().to(frozen.device), std.float().to(frozen.device)
 
 # %% ../../nbs/evaluation/59_dense.ipynb #9409f777
 class Depth:
@@ -476,8 +483,7 @@ def format_table(rows: Sequence[DenseResult]) -> str:
     cells = [("encoder", "task", *names)]
     ends = lambda r, n: "-" if r.low[n] is None else f"{show(r.low[n], n)}..{show(r.high[n], n)}"
     cells += [(r.encoder + f" (-{r.skipped})" * (r.skipped > 0), r.task, *(f"{show(r.metrics[n], n)} ({ends(r, n)})" for n in names)) for r in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip() for line in cells)
+    return text_table(cells, range(2))
 
 # %% ../../nbs/evaluation/59_dense.ipynb #8b44fe84
 def dense_figure(test: DenseSet, task: str, said: dict[str, dict[int, Tensor]], size: tuple[int, int], shown: int = 3, dpi: int = 64):

@@ -13,7 +13,6 @@ import contextlib
 import json
 import math
 import random
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -33,11 +32,10 @@ from .classifier import Classifier, layer_groups, published_state, sizes, tunabl
 from .probes import check_labels, wilson
 from ..parts.patches import normalise
 from ..parts.weights import UserError, save_state, write_json
-from ..training.checkpoints import latest_checkpoint
 from ..training.config import OptimConfig, TrainConfig, from_plain, optim_rules, refuse, train_rules
 from ..training.optimisation import adamw, peak_lr
-from ..training.pretrain import (Interrupt, Trainer, fit, ignore_signals, is_finished, log, new_run_dir, on_main, processes, read_metrics, settings_hash, start_accelerator,
-                                         train_in)
+from ..training.pretrain import (Interrupt, Trainer, fit, ignore_signals, is_finished, log, made_here, on_main, open_run_dir, processes, read_fields, read_metrics,
+                                         settings_hash, start_accelerator, train_in)
 from ..views.pairs import sample_seeds
 from ..views.photos import BrokenImage, EvalCrop
 from ..views.samples import PATIENCE, EpochBatches, loader
@@ -159,10 +157,7 @@ def config_to_dict(config: FinetuneConfig) -> dict:
 def read_config(run_dir: Path | str) -> FinetuneConfig | None:
     "The config of a fine-tuning run; None if the folder is not one. UserError if it cannot be read."
     path = Path(run_dir) / "config.json"
-    try:
-        plain = json.loads(path.read_text()) if path.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    plain = read_fields(path) if path.is_file() else {}
     if plain.pop("kind", None) != "finetune":
         return None
     return from_plain(FinetuneConfig, plain, {}, str(path))
@@ -468,34 +463,30 @@ def finetune(config: FinetuneConfig, encoder: nn.Module, train_images, test_imag
     check_labels(train_images, test_images)
     check(config, len(train_images), processes())
     accelerator = start_accelerator(config)
-    folder = on_main(accelerator, lambda: _run_folder(config, run_dir, base))
+    folder, made = on_main(accelerator, lambda: _run_folder(config, run_dir, base))
     if is_finished(folder):
         if progress and accelerator.is_main_process:
             print(f"{folder} is finished; nothing to do", file=sys.stderr)
         return folder
-    try:
-        def body(tuner: Tuner, start: int):
-            fit(tuner, lambda: judge(tuner) if tuner.due(config.train.test_every) or tuner.done == tuner.total else None, progress and accelerator.is_main_process)
-            finish(tuner)
+
+    def body(tuner: Tuner, start: int):
+        fit(tuner, lambda: judge(tuner) if tuner.due(config.train.test_every) or tuner.done == tuner.total else None, progress and accelerator.is_main_process)
+        finish(tuner)
+    with made_here(folder, made, accelerator):
         return train_in(folder, accelerator, lambda interrupt: Tuner(config, folder, encoder, train_images, test_images, accelerator, interrupt), body)
-    except UserError:
-        if accelerator.is_main_process and not (folder / "metrics.jsonl").exists() and latest_checkpoint(folder / "checkpoints") is None:
-            shutil.rmtree(folder, ignore_errors=True)  # nothing was trained: the same command can be given again
-        raise
 
 
-def _run_folder(config: FinetuneConfig, run_dir: Path | str | None, base: Path | str) -> Path:
-    folder = new_run_dir(f"finetune-{config.recipe}", base) if run_dir is None else Path(run_dir)
-    if folder.exists() and any(folder.iterdir()):
+def _run_folder(config: FinetuneConfig, run_dir: Path | str | None, base: Path | str) -> tuple[Path, bool]:
+    folder, made = open_run_dir(run_dir, f"finetune-{config.recipe}", base)
+    if any(folder.iterdir()):
         before = read_config(folder)
         if before is None:
             raise UserError(f"{folder} is not empty, and no fine-tuning run; a run needs a folder of its own")
         if fingerprint(before) != fingerprint(config):
             raise UserError(f"{folder} holds a run with other settings ({_difference(before, config)}); give those to go on with it, or another folder")
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
+        return folder, False
     write_json(folder / "config.json", config_to_dict(config))
-    return folder
+    return folder, made
 
 
 def _difference(before: FinetuneConfig, now: FinetuneConfig) -> str:

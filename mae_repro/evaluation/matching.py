@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 # %% ../../nbs/evaluation/47_matching.ipynb #e1c86bea
 from .pair_data import MatchPair, Pairs, PairSplits, cell_centres
+from .probes import text_table
 from .propagation import PatchPixels, patch_features
 from ..parts.features import encoder_patch_size, encoder_size
 from ..parts.patches import grid_size, normalise
@@ -377,8 +378,7 @@ def format_table(rows: Sequence[MatchRow]) -> str:
     text = lambda value, form="": "-" if value is None else f"{value:{form}}"
     cells += [(r.encoder, text(r.layer), {True: "yes", False: "no", None: "-"}[r.norm], r.matcher, f"{r.epe:.2f}", "{:.2f} .. {:.2f}".format(*r.epe_interval) if r.epe_interval else "-", f"{100 * r.robustness:.1f}",
                *(f"{100 * share:.1f}" for share in r.pck.values()), f"{r.pairs} (-{r.skipped})" if r.skipped else str(r.pairs), text(r.lr, "g"), text(r.weight_decay, "g"), text(r.step)) for r in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip() for line in cells)
+    return text_table(cells, range(4))
 
 # %% ../../nbs/evaluation/47_matching.ipynb #71e12095
 def stay_row(test_pairs: Pairs, size: tuple[int, int], config: MatchConfig = MatchConfig()) -> MatchRow:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 # %% ../../nbs/evaluation/49_pose.ipynb #cc90fd0b
 from .pair_data import MatchPair, covisibility, depth_warp, split_scenes
+from .probes import text_table
 from .propagation import patch_features
 from ..parts.decoders import DecoderBlock
 from ..parts.features import encoder_patch_size, encoder_size
@@ -269,7 +270,7 @@ class PoseReader:
 # %% ../../nbs/evaluation/49_pose.ipynb #f258ac86
 def fit_pose(encoder: nn.Module, train: PoseViews, val: PoseViews, config: PoseConfig, device: str | torch.device = "cpu", progress: bool = True,
              name: str = "pose") -> tuple[PoseReader, list[dict]]:
-    "The head (and, if config.tune, a trained copy of the encoder) that did best on pairs of `val`, and the history: step, loss of training since the last one, val (median pose error)."
+    "The head (and, if config.tune, a trained copy of the encoder) that did best on pairs of `val`, and the history: step, loss of training since the last one, val (median pose error). UserError if no such error is finite."
     device, seed = torch.device(device), config.seed
     encoder = copy.deepcopy(encoder).to(device).eval().requires_grad_(config.tune)
     tokens = [None, None] if config.tune else [patch_tokens(encoder, views.pixels, device) for views in (train, val)]
@@ -298,6 +299,8 @@ def fit_pose(encoder: nn.Module, train: PoseViews, val: PoseViews, config: PoseC
             losses = []
             if error < best[0]:
                 best = error, [copy.deepcopy(part.state_dict()) for part in (reader.head, encoder)[:1 + config.tune]]
+    if best[1] is None:    # every error was nan
+        raise UserError(f"the pose head diverged: give a lower lr than {config.lr:g}" + f", or a lower encoder_lr than {config.encoder_lr:g}, or leave out --tune" * config.tune)
     for part, state in zip((reader.head, encoder), best[1]):
         part.load_state_dict(state)
     reader.head.eval(), encoder.eval()
@@ -394,10 +397,8 @@ def format_table(rows: Sequence[PoseResult]) -> str:
     text = lambda value, low, high, scale=1.: f"{scale * value:.1f} " + ("-" if math.isnan(low) else f"[{scale * low:.1f}, {scale * high:.1f}]")
     head = ["reader", *[f"AUC@{t:g}" for t in rows[0].thresholds], "rotation", "translation", "pose error"]
     body = [[r.encoder + " (tuned)" * r.tuned, *[text(*x, 100.) for x in r.auc], *[text(*x) for x in (r.rotation, r.translation, r.error)]] for r in rows]
-    widths = [max(map(len, column)) for column in zip(head, *body)]
-    line = lambda cells: "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths)))
     about = f"{rows[0].pairs} pairs of {rows[0].scenes} scene{'s' * (rows[0].scenes != 1)}; AUC in %, medians in degrees" + ", 95 % intervals over scenes" * (rows[0].scenes > 1)
-    return "\n".join([line(head), *map(line, body), about + "; t and -t count alike" * rows[0].fold])
+    return text_table([head, *body]) + "\n" + about + "; t and -t count alike" * rows[0].fold
 
 # %% ../../nbs/evaluation/49_pose.ipynb #b6f8e1d7
 def epipolar_lines(a: PosedFrame, b: PosedFrame, R: np.ndarray, t: np.ndarray, places: np.ndarray) -> np.ndarray:

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['log', 'OPTIMIZERS', 'SGD_LRS', 'ADAMW_LRS', 'KINDS', 'Features', 'DrawnCrop', 'image_size', 'extract_features',
-           'RawPixels', 'knn_predict', 'Heads', 'head_optimizer', 'head_step', 'fit_heads', 'ProbeConfig',
-           'linear_predict', 'wilson', 'ProbeResult', 'format_table', 'check_labels', 'probe_features', 'probe_all',
-           'probe', 'compare', 'HalfCrops', 'crop_origin_probe']
+           'RawPixels', 'knn_predict', 'Heads', 'head_optimizer', 'head_step', 'fit_heads', 'held_out', 'best_rate',
+           'ProbeConfig', 'linear_predict', 'wilson', 'ProbeResult', 'text_table', 'format_table', 'check_labels',
+           'scored', 'probe_features', 'probe_all', 'probe', 'compare', 'HalfCrops', 'crop_origin_probe']
 
 # %% ../../nbs/evaluation/40_probes.ipynb #9d78563a
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -147,7 +147,8 @@ def knn_predict(train_x: Tensor, train_y: Tensor, test_x: Tensor, k: int = 20, t
     out = []
     for chunk in tqdm(test_x.split(max(1, 2**25 // len(train_x))), desc="k-NN", disable=None if progress else True, leave=False):
         cos, near = (F.normalize(chunk.to(device), dim=1) @ bank).topk(k, dim=1)               # (n k)
-        votes = (cos / temperature).exp() if temperature else 1 + cos * 1e-4 / k
+        # relative to the nearest, which changes no order: exp(1 / T) itself overflows float32 below T = 0.0113
+        votes = ((cos - cos[:, :1]) / temperature).exp() if temperature else 1 + cos * 1e-4 / k
         out.append(torch.zeros(len(chunk), classes, device=votes.device).scatter_add_(1, labels[near], votes).argmax(1).cpu())
     return torch.cat(out)
 
@@ -219,6 +220,30 @@ def fit_heads(x: Tensor, y: Tensor, classes: int, lrs: Sequence[float], epochs: 
             head_step(heads, rule, x[pick], y[pick], cosine_lr(epoch + step / steps, 1.0, epochs, warmup))
     return heads.eval()
 
+# %% ../../nbs/evaluation/40_probes.ipynb #42352bfd
+def held_out(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    "Numbers of a random tenth of `count` examples, rounded up, and of the others."
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tensor_split([math.ceil(count / 10)])
+
+
+def best_rate(right: Sequence[float], loss: Sequence[float], lrs: Sequence[float]) -> int:
+    "Which of the heads trained at `lrs` is best: the most accurate (`right`), then that of the lower loss, among those whose loss is finite. UserError if there is none."
+    alive = [r for r in range(len(lrs)) if math.isfinite(loss[r])]
+    if not alive:
+        raise UserError(f"every head of the probe diverged: check that the features are finite, or give lower lrs than {', '.join(f'{lr:g}' for lr in lrs)}")
+    return max(alive, key=lambda r: (right[r], -loss[r]))
+
+
+@torch.no_grad()
+def _accuracy_and_loss(heads: Heads, x: Tensor, y: Tensor, device: str | torch.device) -> tuple[list[float], list[float]]:
+    "Of each head on features `x` (N, D), classes `y` (N,); in pieces: all logits of ImageNet's tenth at nine rates would be 4.6 GB."
+    right, loss = [], []
+    for some, true in zip(x.split(4096), y.to(device).split(4096)):
+        logits = heads(some.to(device))
+        right.append(logits.argmax(2) == true[:, None])
+        loss.append(F.cross_entropy(rearrange(logits, "b r c -> b c r"), repeat(true, "b -> b r", r=logits.shape[1]), reduction="none"))
+    return torch.cat(right).float().mean(0).tolist(), torch.cat(loss).mean(0).tolist()
+
 # %% ../../nbs/evaluation/40_probes.ipynb #04ad736c
 SGD_LRS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 ADAMW_LRS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03)
@@ -245,27 +270,24 @@ def linear_predict(train_x: Tensor, train_y: Tensor, test_x: Tensor, config: Pro
     """Classes (N,) of `test_x` (N, D) by a linear head trained on `train_x` (M, D), `train_y` (M,), and the settings used.
 
     The rate is chosen on a held-out tenth of the training set (accuracy, then loss), then a head is trained on all of it with that rate.
-    "lars" is the published recipe (MAE, A.1, Table 10): rate 0.1 * batch / 256, 90 epochs, 10 of warm-up; batch 16384, or everything if that is less. `anew`: as in `fit_heads`; ValueError if there are several rates."""
+    "lars" is the published recipe (MAE, A.1, Table 10): rate 0.1 * batch / 256, 90 epochs, 10 of warm-up; batch 16384, or everything if that is less. `anew`: as in `fit_heads`; ValueError if there are several rates. UserError if all rates of several diverge."""
     published, classes, count = config.optimizer == "lars", int(train_y.max()) + 1, len(train_x)
     batch_size = min(config.head_batch_size or (16384 if published else 256), count)
     lrs = config.lrs or ((0.1 * batch_size / 256,) if published else ADAMW_LRS if config.optimizer == "adamw" else SGD_LRS)
     epochs = config.epochs or (90 if published else 50)
     options = dict(epochs=epochs, batch_size=batch_size, warmup=epochs / 9 if published else 0, optimizer=config.optimizer, seed=config.seed, device=device, progress=progress)
-    lr, held_out = lrs[0], None
+    lr, accuracy = lrs[0], None
     if anew and len(lrs) > 1:
         raise ValueError(f"{len(lrs)} learning rates: features that are drawn anew in every epoch go with one (lars)")
     if len(lrs) > 1:
-        shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))
-        held, rest = shuffled[:math.ceil(count / 10)], shuffled[math.ceil(count / 10):]
-        heads, x, y = fit_heads(train_x[rest], train_y[rest], classes, lrs, **options), train_x[held].to(device), train_y[held].to(device)
-        with torch.no_grad():
-            right, loss = (heads(x).argmax(2) == y[:, None]).float().mean(0).tolist(), heads.losses(x, y).tolist()
-        best = max(range(len(lrs)), key=lambda r: (right[r], -loss[r] if math.isfinite(loss[r]) else -math.inf))
-        lr, held_out = lrs[best], right[best]
+        held, rest = held_out(count, config.seed)
+        right, loss = _accuracy_and_loss(fit_heads(train_x[rest], train_y[rest], classes, lrs, **options), train_x[held], train_y[held], device)
+        best = best_rate(right, loss, lrs)
+        lr, accuracy = lrs[best], right[best]
     head = fit_heads(train_x, train_y, classes, [lr], **options, anew=anew)
     with torch.no_grad():
         predicted = torch.cat([head(part.to(device))[:, 0].argmax(1).cpu() for part in test_x.split(4096)])
-    return predicted, dict(optimizer=config.optimizer, lr=lr, epochs=epochs, batch_size=batch_size, seed=config.seed, held_out_accuracy=held_out, augment=anew is not None)
+    return predicted, dict(optimizer=config.optimizer, lr=lr, epochs=epochs, batch_size=batch_size, seed=config.seed, held_out_accuracy=accuracy, augment=anew is not None)
 
 # %% ../../nbs/evaluation/40_probes.ipynb #2a403a7f
 def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
@@ -295,12 +317,17 @@ class ProbeResult:
     settings: dict = field(default_factory=dict)
 
 
+def text_table(lines: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    "Lines of cells as aligned text; the columns `left` flush left."
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip() for line in lines)
+
+
 def format_table(rows: Sequence[ProbeResult]) -> str:
     "Rows as a plain text table, accuracies in percent with their 95 % intervals; `dataclasses.asdict` makes JSON of the same rows."
     cells = [("encoder", "probe", "pool", "dim", "accuracy", "95 % interval", "chance")]
     cells += [(r.encoder, r.kind, r.pool, str(r.dim), f"{100 * r.accuracy:.1f}", f"{100 * r.low:.1f} .. {100 * r.high:.1f}", f"{100 * r.chance:.1f}") for r in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip() for line in cells)
+    return text_table(cells, range(3))
 
 # %% ../../nbs/evaluation/40_probes.ipynb #12ced9c6
 KINDS = ("knn", "linear")
@@ -321,22 +348,28 @@ def check_labels(train, test) -> None:
                         "use the same class folder names in both")
 
 
+def scored(predict: Callable[[], tuple[Tensor, dict]], train: Features, test: Features, kind: str, pool: str, encoder: str, dim: int) -> ProbeResult:
+    "The row of a probe: `predict()` -> classes (N,) of the test images and the settings used; `kind`, `pool`, `encoder` and `dim` only describe it. UserError if fewer than two training classes could be read."
+    seen = train.y.unique()
+    if len(seen) < 2:
+        raise UserError("fewer than two classes are left among the readable training images: a probe needs at least two")
+    predicted, settings = predict()
+    correct, total = int((predicted == test.y).sum()), len(test.y)
+    return ProbeResult(encoder, kind, pool, correct / total, *wilson(correct, total), chance=test.y.bincount().max().item() / total, correct=correct,
+                       tested=total, trained=len(train.y), classes=len(seen), dim=dim, skipped=len(train.skipped) + len(test.skipped), settings=settings)
+
+
 def probe_features(train: Features, test: Features, kind: str = "knn", pool: str = "mean", encoder: str = "encoder",
                    config: ProbeConfig = ProbeConfig(), device: str | torch.device = "cpu", progress: bool = True, anew: Callable[[int], Tensor] | None = None) -> ProbeResult:
     "Accuracy of one probe on features; `pool` and `encoder` only name the row; `anew`: for the linear probe, as in `fit_heads`. ValueError for an unknown kind, UserError if fewer than two training classes could be read."
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is unknown: choose one of {', '.join(KINDS)}")
-    seen = train.y.unique()
-    if len(seen) < 2:
-        raise UserError("fewer than two classes are left among the readable training images: a probe needs at least two")
-    if kind == "knn":
-        predicted = knn_predict(train.x, train.y, test.x, config.k, config.temperature, device, progress)
-        settings = dict(k=min(config.k, len(train.x)), temperature=config.temperature)
-    else:
-        predicted, settings = linear_predict(train.x, train.y, test.x, config, device, progress, anew)
-    correct, total = int((predicted == test.y).sum()), len(test.y)
-    return ProbeResult(encoder, kind, pool, correct / total, *wilson(correct, total), chance=test.y.bincount().max().item() / total, correct=correct,
-                       tested=total, trained=len(train.y), classes=len(seen), dim=train.x.shape[1], skipped=len(train.skipped) + len(test.skipped), settings=settings)
+
+    def predict() -> tuple[Tensor, dict]:
+        if kind == "linear":
+            return linear_predict(train.x, train.y, test.x, config, device, progress, anew)
+        return knn_predict(train.x, train.y, test.x, config.k, config.temperature, device, progress), dict(k=min(config.k, len(train.x)), temperature=config.temperature)
+    return scored(predict, train, test, kind, pool, encoder, train.x.shape[1])
 
 
 def probe_all(encoder: nn.Module, train_images, test_images, kinds: Sequence[str] = ("knn",), pools: Sequence[str] = ("mean",), img_size=None, batch_size: int = 64,

@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .probes import text_table
 from .propagation import Propagator, at_size, class_iou, confusion, davis_statistics, frame_features, frame_scores, pck_counts, pixel_labels
 from .video_data import (TASKS, Task, Truth, Video, input_size, joint_maps, joint_places, nearest, open_videos, prepare_frame, prepare_labels, read_frame,
                                              read_ids, read_joints, to_pixels)
@@ -399,9 +400,7 @@ def format_table(result: TaskResult, rows: bool | None = None) -> str:
     lines = [f"{result.task}, {result.encoder}: {rule}", how]
     if rows or (rows is None and len(result.rows) <= 70):
         shown = [k for k in result.rows[0] if k not in ("J_recall", "J_decay", "F_recall", "F_decay")]
-        cells = [shown] + [[percent(v) if isinstance(v, float) else str(v) for v in map(row.get, shown)] for row in result.rows]
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        lines += ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) for line in cells]
+        lines.append(text_table([shown] + [[percent(v) if isinstance(v, float) else str(v) for v in map(row.get, shown)] for row in result.rows]))
     for key, value in result.scores.items():
         low, high = result.intervals.get(key, (None, None))
         lines.append(f"{key:<10}{percent(value):>6}" + (f"   95 % interval {percent(low)} .. {percent(high)} over {result.videos} videos" if low is not None else ""))

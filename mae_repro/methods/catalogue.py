@@ -9,7 +9,7 @@ __all__ = ['METHODS', 'method_name', 'config_from_dict', 'save_model', 'shipped'
 # %% ../../nbs/methods/19_catalogue.ipynb #d351ca28
 import json
 from contextlib import nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from .mae import ENCODER_KEYS, MAE, sizes_of
 from .mum import MuM
 from .siamese import CropMAE, SiamMAE
 from ..parts.encoder import Encoder
-from ..parts.model import MaskedAutoencoder, ModelConfig, initialise_mae
+from ..parts.model import MaskedAutoencoder, ModelConfig, from_plain, initialise_mae
 from ..parts.weights import KeyMap, LoadReport, UserError, data_dir, impatient_hub, load_into, load_state, read_checkpoint, save_state
 
 # %% ../../nbs/methods/19_catalogue.ipynb #2013dfa4
@@ -36,14 +36,12 @@ def method_name(config: ModelConfig) -> str:
     return next(name for name, method in METHODS.items() if type(config) is method)
 
 
-def config_from_dict(method: str, values: dict) -> ModelConfig:
-    "A method's configuration from plain values (JSON has no tuples); UserError for an unknown method or field."
-    if method not in METHODS:
-        raise UserError(f"method {method!r} is not known; there are {', '.join(METHODS)}")
-    unknown = values.keys() - {f.name for f in fields(METHODS[method])}
-    if unknown:
-        raise UserError(f"method {method!r} has no field {', '.join(sorted(unknown))}; was the file written by another version?")
-    return METHODS[method](**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+def config_from_dict(about: dict, where: str | Path) -> ModelConfig:
+    "The configuration that `about` (method, config), read from the file `where`, describes; UserError that names the file and the method or field that is unknown, missing or of a wrong type."
+    method = about.get("method") if isinstance(about, dict) else None
+    if not isinstance(method, str) or method not in METHODS:
+        raise UserError(f"{where}: method {method!r} is not one of {', '.join(METHODS)}")
+    return from_plain(METHODS[method], about.get("config"), {}, f"{where}, config")
 
 # %% ../../nbs/methods/19_catalogue.ipynb #52aaad6b
 def save_model(folder: str | Path, model: MaskedAutoencoder, config: ModelConfig, extra: dict | None = None):
@@ -58,10 +56,9 @@ def _read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise UserError(f"{folder}: holds no model.safetensors with model.json; {hint}")
     try:
         about = json.loads((folder / "model.json").read_text())
-        config = config_from_dict(about["method"], about["config"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except ValueError as error:  # no JSON, or no text
         raise UserError(f"{folder / 'model.json'}: is damaged ({error})") from error
-    return config, load_state(folder / "model.safetensors")
+    return config_from_dict(about, folder / "model.json"), load_state(folder / "model.safetensors")
 
 # %% ../../nbs/methods/19_catalogue.ipynb #5b66c3ec
 def _published(path: Path) -> tuple[type[ModelConfig] | None, dict[str, Tensor], dict]:
@@ -99,10 +96,13 @@ def open_model(path: str | Path) -> tuple[MaskedAutoencoder, ModelConfig]:
 
 def _whole(path: Path, method: type[ModelConfig], state: dict[str, Tensor], about: dict) -> tuple[MaskedAutoencoder, ModelConfig]:
     "The model of a published checkpoint with decoder."
-    try:
-        config = config_from_dict(about["method"], about["config"]) if "method" in about else method.from_published(state)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+    if "method" in about:
+        config = config_from_dict(about, path)
+    else:
+        try:
+            config = method.from_published(state)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
     unknown = method.published_keys.unknown(state)
     known = {k: v for k, v in state.items() if k not in unknown}
     return _filled(path, config, method.to_ours(known), unknown)

@@ -87,13 +87,14 @@ class FrozenEncoder(ModelMixin, ConfigMixin):
         size = (self.config.img_size,) * 2
         if tuple(images.shape[-2:]) != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
-        found = extract(self.vit, images.to(self.mean.dtype), self.config.pool).float()
+        with torch.autocast(images.device.type, enabled=False):  # what is trained on must be what is painted from
+            found = extract(self.vit, images.to(next(self.vit.parameters()).dtype), self.config.pool).float()
         return (found - self.mean) * self.scale
 
     def calibrate(self, batches) -> None:
         "Measure mean and scale so that embeddings of these batches of normalised images have mean 0 and variance 1 in each number that varies at all."
         self.mean.zero_(), self.scale.fill_(1)
-        found = torch.cat([self(images) for images in batches]).double()
+        found = torch.cat([self(images) for images in batches]).cpu().double()  # not every device has float64
         std = found.std(0) if len(found) > 1 else torch.ones_like(found[0])
         self.mean.copy_(found.mean(0))
         self.scale.copy_(torch.where(std > 1e-4 * found.abs().mean(), 1 / std, 0))  # a number that never changes says nothing, and would be rounding noise enlarged

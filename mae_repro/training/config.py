@@ -4,21 +4,20 @@
 
 # %% auto #0
 __all__ = ['M', 'KINDS', 'Checks', 'OptimConfig', 'TrainConfig', 'Config', 'replace_in', 'kind_name', 'config_to_dict',
-           'config_from_dict', 'from_plain', 'validate', 'refuse', 'optim_rules', 'train_rules']
+           'config_from_dict', 'validate', 'refuse', 'optim_rules', 'train_rules']
 
 # %% ../../nbs/training/29_config.ipynb #c2cb0c4d
 import json
-import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
 import tyro
 
 # %% ../../nbs/training/29_config.ipynb #707e3600
 from ..methods.catalogue import METHODS
 from ..methods.sldm import SLDM
+from ..parts.model import from_plain
 from ..parts.weights import UserError
 from .data import DataConfig, ViewsConfig
 
@@ -127,39 +126,6 @@ def config_from_dict(plain: dict) -> Config:
     if name not in KINDS:
         raise UserError(f"config.json: method_name {name!r} is not one of {', '.join(KINDS)}")
     return from_plain(Config, plain, {"method": KINDS[name]}, "config.json")
-
-
-def from_plain(kind: type, plain: Any, known: dict[str, type], where: str):
-    "A frozen dataclass `kind` from plain values, fields in `known` of other types than declared; UserError that names the field in `where`."
-    if not isinstance(plain, dict):
-        raise UserError(f"{where} must hold fields, not {plain!r}")
-    hints, names = typing.get_type_hints(kind), {f.name for f in fields(kind)}
-    if unknown := set(plain) - names:
-        raise UserError(f"{where}: unknown field {sorted(unknown)[0]!r}; was it written by another version?")
-    try:
-        return kind(**{k: _value(known.get(k, hints[k]), v, f"{where}, {k}") for k, v in plain.items()})
-    except TypeError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def _value(hint: Any, value: Any, where: str):
-    "JSON knows no tuples, paths or integers among floats: give `value` the type that the field declares."
-    if is_dataclass(hint):
-        return from_plain(hint, value, {}, where)
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    for option in options:
-        origin = typing.get_origin(option) or option
-        if origin is tuple and isinstance(value, list):
-            return tuple(tuple(v) if isinstance(v, list) else v for v in value)
-        if origin is Path and isinstance(value, str):
-            return Path(value)
-        if origin is float and type(value) in (int, float):
-            return float(value)
-        if origin is Literal and value in typing.get_args(option) or isinstance(origin, type) and type(value) is origin:
-            return value
-    raise UserError(f"{where}: {value!r} is not a {hint}")
 
 # %% ../../nbs/training/29_config.ipynb #b385856f
 def validate(config: Config, num_images: int | None = None, processes: int = 1) -> None:

@@ -8,6 +8,7 @@ __all__ = ['BUILT_IN_SAMPLES', 'DataConfig', 'ViewsConfig', 'Jittered', 'open_so
 
 # %% ../../nbs/training/28_data.ipynb #4c2a90cf
 import math
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -133,12 +134,12 @@ def open_source(data: DataConfig, views: ViewsConfig, img_size: int | tuple[int,
     if views.source == "video":
         source = VideoViews(_sequences(data, img_size, partial(open_videos, split=data.split)), gap=views.gap, joint=joint, **cut)
     elif views.source == "bag":
-        source = BagViews(_sequences(data, img_size, partial(_bags_of, split=data.split)), target=views.target, joint=joint, **cut)
+        source = BagViews(_sequences(data, img_size, partial(open_bags, split=data.split)), target=views.target, joint=joint, **cut)
     elif views.source == "scene":
         source = _mixture(data, views, cut | dict(joint=joint, whole=views.whole))
     else:
         images = open_pictures(data.root, data.split if data.root else None, data.limit)
-        source = _of_images(images, views, joint, cut)
+        source = _of_images(images, views, joint, cut, data.workers)
     return Jittered(source, views.color_jitter) if views.color_jitter else source
 
 
@@ -147,7 +148,12 @@ def _sequences(data: DataConfig, img_size: int | tuple[int, int], open_them, sti
     if data.root is not None:
         return open_them(data.root, limit=data.limit)
     sides = (img_size, img_size) if isinstance(img_size, int) else img_size
-    return Scenes(num=min(data.limit or 200, 200), num_frames=24, size=tuple(math.ceil(1.5 * side) for side in sides), still=still)
+    try:
+        return Scenes(num=min(data.limit or 200, 200), num_frames=24, size=tuple(math.ceil(1.5 * side) for side in sides), still=still)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"--method.img-size {img_size}: the built-in scenes are rendered half as large again, and {error}. Give another size, or data of your own (--data.root)") from None
 
 
 def _mixture(data: DataConfig, views: ViewsConfig, cut: dict) -> Mixture:
@@ -185,12 +191,7 @@ def part_of_mixture(entry: str) -> tuple[str, Path, float]:
     return layout, Path(given[0]), given[1]
 
 
-def _bags_of(root: Path, limit: int | None, split: str):
-    "The bags of one part, where the folder has parts."
-    return open_bags(root / split if (root / split).is_dir() else root, limit)
-
-
-def _of_images(images: ImageSet, views: ViewsConfig, joint: bool, cut: dict) -> Source:
+def _of_images(images: ImageSet, views: ViewsConfig, joint: bool, cut: dict, workers: int) -> Source:
     if views.source == "crop":
         return Crops(images, SingleCrop(cut["img_size"], views.scale, views.ratio, views.flip, views.interpolation))
     if views.source == "crop-pair":
@@ -200,7 +201,7 @@ def _of_images(images: ImageSet, views: ViewsConfig, joint: bool, cut: dict) -> 
     if views.source == "random-pair":
         return RandomPartners(images, joint=joint, **cut)
     embed, settings = _embedding(views.embed)
-    return NeighbourViews(images, neighbours=nearest_neighbours(images, embed, views.neighbours, progress=True, **settings), joint=joint, **cut)
+    return NeighbourViews(images, neighbours=nearest_neighbours(images, embed, views.neighbours, workers=workers, progress=True, **settings), joint=joint, **cut)
 
 
 def _embedding(spec: str):
@@ -208,8 +209,15 @@ def _embedding(spec: str):
     from mae_repro.methods.catalogue import open_encoder
     from mae_repro.parts.features import encoder_size, extract, fingerprint
     from mae_repro.parts.patches import normalise
-    encoder = open_encoder(spec)
-    return lambda images: extract(encoder, normalise(images)), dict(name=f"{spec} {fingerprint(encoder)}", img_size=encoder_size(encoder))
+    encoder, device = open_encoder(spec), _own_device()
+    settings = dict(name=f"{spec} {fingerprint(encoder)}", img_size=encoder_size(encoder))
+    encoder.to(device)
+    return lambda images: extract(encoder, normalise(images.to(device))), settings
+
+
+def _own_device() -> torch.device:
+    "The GPU of this process, of those that torchrun started on this machine, or the CPU."
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def reading_order(source: Source, views: ViewsConfig) -> ShardOrder | None:

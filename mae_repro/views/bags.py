@@ -332,12 +332,14 @@ def find_bags(root: Path) -> tuple[list[str], dict[str, int], list[str]]:
     return sorted(tars, key=natural), dict(sorted(bags.items(), key=lambda item: natural(item[0]))), sorted(others, key=natural)
 
 
-def open_bags(root: str | Path, limit: int | None = None) -> Bags:
+def open_bags(root: str | Path, limit: int | None = None, split: str | None = None) -> Bags:
     """The bags below a folder: tar shards, or, if there are none, folders of pictures, nested in any way; the root may be one bag, or one .tar file.
 
-    `limit`: at most that many, evenly spaced. Folders without a real image, and bags cut off with the end of a shard, are left out and logged.
+    `limit`: at most that many, evenly spaced. `split`: those in the folder of this name in the root, if there is one.
+    Folders without a real image, and bags cut off with the end of a shard, are left out and logged.
     Raises UserError: nothing there, no bags in it, a tar file that is none, limit < 1."""
     root = Path(root).expanduser()
+    root = root / split if split and (root / split).is_dir() else root
     if limit is not None and limit < 1:
         raise UserError(f"data.limit {limit} leaves no bags: give 1 or more, or leave it out")
     if not root.is_dir() and root.suffix != ".tar":
@@ -373,7 +375,7 @@ def open_pictures(root: str | Path | None, split: str | None = None, limit: int 
         folder = Path(root or "").expanduser()
         if root is None or not folder.is_dir() or (limit is not None and limit < 1) or not find_bags(folder)[0]:
             raise
-    bags = open_bags(folder / split if split and (folder / split).is_dir() else folder)
+    bags = open_bags(folder, split=split)
     pictures = np.stack([np.repeat(np.arange(len(bags)), bags.sizes), np.arange(bags.sizes.sum()) - np.repeat(np.cumsum(bags.sizes) - bags.sizes, bags.sizes)], axis=1)
     images = BagPictures(np.array([os.fsencode(f"{os.fsdecode(bags.names[bag])}, picture {number}") for bag, number in pictures.tolist()]), bags=bags, pictures=pictures)
     return images if limit is None or limit >= len(images) else images.take(np.arange(limit) * len(images) // limit)

@@ -7,6 +7,7 @@ __all__ = ['log', 'STRATEGIES', 'TABLE', 'Crop', 'distinct', 'check_views', 'Cro
            'nearest_neighbours', 'sample_seeds', 'drawn', 'show_source']
 
 # %% ../../nbs/views/22_pairs.ipynb #f7088116
+import contextlib
 import hashlib
 import logging
 import os
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 # %% ../../nbs/views/22_pairs.ipynb #4ceaae7e
 from ..parts.patches import show_images
-from ..parts.weights import UserError, cache_dir, written_whole
+from ..parts.weights import UserError, cache_dir, file_lock, written_whole
 from .photos import BrokenImage, EvalCrop, ImageSet
 
 # %% ../../nbs/views/22_pairs.ipynb #d57cf32f
@@ -240,27 +241,35 @@ def nearest_neighbours(images: ImageSet, embed: Callable[[Tensor], Tensor], k: i
 
     `embed` maps centre crops uint8 (B, 3, img_size, img_size) to vectors (B, D). An image that cannot be read has a row of -1 and is nobody's neighbour; it is logged.
     With a `name` of the embedding (say, of its weights) the result is kept on disk in `cache` (default: `cache_dir("neighbours")`), under a hash of the name, k, img_size,
-    the images' names and the pixels of eight of them. Without a name nothing is kept. Memory: N x D floats; no N x N table is made. UserError if fewer than k + 1 images are readable."""
+    the images' names and the pixels of eight of them; of several processes that need it one makes it, and the others wait. Without a name nothing is kept.
+    Memory: N x D floats; no N x N table is made. UserError if fewer than k + 1 images are readable."""
     if k < 1:
         raise ValueError(f"k {k} finds no neighbours: give 1 or more")
     centres = _Centres(images, img_size)
-    path = None
-    if name is not None:
-        path = Path(cache_dir("neighbours") if cache is None else cache) / f"{_identity(centres, name, k)}.npy"
-        if (kept := _kept_index(path, len(images), k)) is not None:
-            return kept
+    if name is None:
+        return _sought(centres, embed, k, batch_size, workers, progress)
+    path = Path(cache_dir("neighbours") if cache is None else cache) / f"{_identity(centres, name, k)}.npy"
+    if (kept := _kept_index(path, len(images), k)) is not None:
+        return kept
+    with _alone(path):
+        if (kept := _kept_index(path, len(images), k)) is None:   # nobody made it in the meantime
+            kept = _sought(centres, embed, k, batch_size, workers, progress)
+            _keep_index(path, kept)
+    return kept
+
+
+def _sought(centres: _Centres, embed, k: int, batch_size: int, workers: int, progress: bool) -> np.ndarray:
+    "The index (N, k), made anew."
     with torch.inference_mode():
         x, readable = _embedded(centres, embed, batch_size, workers, progress)
         if len(readable) <= k:
-            raise UserError(f"{len(readable)} of {len(images)} images can be read, too few for {k} neighbours each: give more images, or a smaller k")
-        found = np.full((len(images), k), -1)
+            raise UserError(f"{len(readable)} of {len(centres)} images can be read, too few for {k} neighbours each: give more images, or a smaller k")
+        found = np.full((len(centres), k), -1)
         rows = max(1, TABLE // len(x))
         for start in tqdm(range(0, len(x), rows), desc="neighbours", disable=None if progress else True, leave=False):
             similarity = x[start:start + rows] @ x.T
             similarity[torch.arange(len(similarity)), torch.arange(start, start + len(similarity))] = -torch.inf  # not itself
             found[readable[start:start + rows]] = readable[similarity.topk(k).indices.cpu().numpy()]
-    if path:
-        _keep_index(path, found)
     return found
 
 
@@ -301,11 +310,21 @@ def _kept_index(path: Path, n: int, k: int) -> np.ndarray | None:
         if found.shape == (n, k) and np.issubdtype(found.dtype, np.integer) and found.min() >= -1 and found.max() < n:
             return found
         log.warning("%s is not the index it should be; it is made again", path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except Exception as error:  # numpy raises nearly anything on damaged files
         log.warning("%s is damaged (%s); it is made again", path, error)
     return None
+
+
+@contextlib.contextmanager
+def _alone(path: Path):
+    "One process at a time; where there can be no lock, nothing can be kept either, and everybody passes."
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(file_lock(path.with_suffix(".lock"), wait=True, waiting="waiting for the process that looks for the neighbours of these images"))
+        yield
 
 
 def _keep_index(path: Path, found: np.ndarray):
@@ -316,8 +335,6 @@ def _keep_index(path: Path, found: np.ndarray):
             np.save(file, found)
     except OSError as error:
         log.warning("the neighbours cannot be kept in %s: %s", path.parent, error.strerror or error)
-    finally:
-        aside.unlink(missing_ok=True)
 
 # %% ../../nbs/views/22_pairs.ipynb #4507f988
 def sample_seeds(seed: int, epoch: int, i: int) -> tuple[int, int]:

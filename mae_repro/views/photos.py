@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXTENSIONS', 'SPLITS', 'PHOTOGRAPHS', 'BrokenImage', 'load_image', 'ImageSet', 'Files', 'BuiltIn', 'Encoded',
-           'Pixels', 'walk', 'is_picture', 'open_images', 'SingleCrop', 'EvalCrop', 'Crops']
+           'Pixels', 'walk', 'is_picture', 'open_images', 'parts_of', 'SingleCrop', 'EvalCrop', 'Crops']
 
 # %% ../../nbs/views/20_photos.ipynb #72522a05
 import importlib.util
@@ -355,8 +355,20 @@ def open_images(root: str | Path | None = None, split: str | None = None, limit:
             raise UserError(f"no {split} images in {root or 'the built-in photographs'}, which have {there}. Make folders train and val, or leave data.split out")
         images = chosen[0]()
     except OSError as error:
-        raise UserError(f"cannot read {error.filename or root}: {error.strerror or error}. Check the folder and its permissions") from error
+        raise _unreadable(root, error) from error
     return images if limit is None or limit >= len(images) else images.take(np.arange(limit) * len(images) // limit)
+
+
+def parts_of(root: str | Path) -> set[str]:
+    "The parts of the data below a folder: some of train, val and test, or `all` where it has none. Names are read, nothing is opened. UserError: no such folder, or it cannot be read."
+    try:
+        return {*_parts(Path(root).expanduser())}
+    except OSError as error:
+        raise _unreadable(root, error) from error
+
+
+def _unreadable(root: str | Path | None, error: OSError) -> UserError:
+    return UserError(f"cannot read {error.filename or root}: {error.strerror or error}. Check the folder and its permissions")
 
 
 def _parts(root: Path) -> dict[str, Callable[[], ImageSet]]:

@@ -111,7 +111,7 @@ class SceneFolders:
         view, folder = self.views[i][k], self.folders[i]
         image, (K, R, t) = load_image(folder / view["file"]), (np.array(view[name], float) for name in ("K", "R", "t"))
         depth = _read_map(folder / view["depth"], image).astype(np.float32) / np.float32(self.steps[i]) if view.get("depth") else None
-        mask = _read_map(folder / view["mask"], image).astype(np.uint8) if view.get("mask") else None
+        mask = _read_mask(folder / view["mask"], image) if view.get("mask") else None
         return PosedFrame(image, K, R, t, depth, mask)
 
 
@@ -147,6 +147,14 @@ def _read_map(path: Path, image: Image.Image) -> np.ndarray:
     if found.shape != (image.height, image.width):
         raise BrokenImage(str(path), f"is {found.shape}, and its picture {(image.height, image.width)}")
     return found
+
+
+def _read_mask(path: Path, image: Image.Image) -> np.ndarray:
+    "uint8 (H, W) of a PNG of 8 or 16 bits. BrokenImage."
+    found = _read_map(path, image)
+    if found.max() > 255:
+        raise BrokenImage(str(path), "holds numbers above 255")
+    return found.astype(np.uint8)
 
 # %% ../../nbs/views/39_posed.ipynb #7169b249
 class RenderedScenes:
