@@ -286,7 +286,7 @@ class DataArgs:
 def _labelled(root: Path | None, limit: int | None = None, test_limit: int | None = None):
     "Training and test images with labels; both None if the data has none. UserError if a part cannot be read: only data that lacks the training or the test part is divided."
     from mae_repro.parts.weights import UserError
-    from mae_repro.views.photos import open_images, parts_of
+    from mae_repro.views.photos import open_images, parts_of, spread
     if root is None:
         return None, None
     for name, number in (("limit", limit), ("test-limit", test_limit)):
@@ -313,8 +313,8 @@ def _fifths(images, limit: int | None, test_limit: int | None):
     for i, label in enumerate(images.labels):
         seen[label] = seen.get(label, 0) + 1
         parts[seen[label] % 5 == 0].append(i)
-    spread = lambda chosen, n: chosen if n is None or n >= len(chosen) else [chosen[i * len(chosen) // n] for i in range(n)]
-    return images.take(spread(parts[0], limit)), images.take(spread(parts[1], test_limit))
+    few = lambda chosen, n: [chosen[i] for i in spread(len(chosen), n)]
+    return images.take(few(parts[0], limit)), images.take(few(parts[1], test_limit))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 # %% ../../nbs/evaluation/59_dense.ipynb #1e05f93b
-from .dense_maps import DenseSet, class_counts, class_scores, colour, depth_errors, normal_errors, remembered, spread
+from .dense_maps import DenseSet, class_counts, class_scores, colour, depth_errors, normal_errors, remembered
 from .geometry import DPTHead, monocular_hooks
 from .probes import text_table
 from .propagation import PatchPixels, patch_features
@@ -31,7 +31,7 @@ from ..parts.features import encoder_patch_size, encoder_size
 from ..parts.patches import grid_size, normalise
 from ..parts.weights import UserError
 from ..training.optimisation import cosine_lr, set_lr
-from ..views.photos import BrokenImage
+from ..views.photos import BrokenImage, spread
 
 # %% ../../nbs/evaluation/59_dense.ipynb #a089e1b4
 log = logging.getLogger(__name__)

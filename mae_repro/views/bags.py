@@ -24,7 +24,7 @@ from torch import Tensor
 # %% ../../nbs/views/24_bags.ipynb #fc3b742d
 from ..parts.weights import UserError, cache_dir, written_whole
 from .pairs import Crop, check_views, distinct
-from .photos import BrokenImage, ImageSet, is_picture, load_image, open_images, walk
+from .photos import BrokenImage, ImageSet, at_most, is_picture, load_image, open_images, walk
 from .videos import Listed, Sequences, natural
 
 # %% ../../nbs/views/24_bags.ipynb #6c34d026
@@ -352,7 +352,7 @@ def open_bags(root: str | Path, limit: int | None = None, split: str | None = No
             found = replace(_shards(root.parent, [root.name]), alone=True)
     except OSError as error:
         raise UserError(f"cannot read {error.filename or root}: {error.strerror or error}. Check the folder and its permissions") from error
-    return found if limit is None or limit >= len(found) else found.take(np.arange(limit) * len(found) // limit)
+    return at_most(found, limit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -378,7 +378,7 @@ def open_pictures(root: str | Path | None, split: str | None = None, limit: int 
     bags = open_bags(folder, split=split)
     pictures = np.stack([np.repeat(np.arange(len(bags)), bags.sizes), np.arange(bags.sizes.sum()) - np.repeat(np.cumsum(bags.sizes) - bags.sizes, bags.sizes)], axis=1)
     images = BagPictures(np.array([os.fsencode(f"{os.fsdecode(bags.names[bag])}, picture {number}") for bag, number in pictures.tolist()]), bags=bags, pictures=pictures)
-    return images if limit is None or limit >= len(images) else images.take(np.arange(limit) * len(images) // limit)
+    return at_most(images, limit)
 
 
 def _bag_folders(root: Path, bags: dict[str, int], others: list[str]) -> BagFolders:

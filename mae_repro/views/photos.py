@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXTENSIONS', 'SPLITS', 'PHOTOGRAPHS', 'BrokenImage', 'load_image', 'ImageSet', 'Files', 'BuiltIn', 'Encoded',
-           'Pixels', 'walk', 'is_picture', 'open_images', 'parts_of', 'SingleCrop', 'EvalCrop', 'Crops']
+           'Pixels', 'walk', 'is_picture', 'spread', 'at_most', 'open_images', 'parts_of', 'SingleCrop', 'EvalCrop',
+           'Crops']
 
 # %% ../../nbs/views/20_photos.ipynb #72522a05
 import importlib.util
@@ -335,6 +336,16 @@ def _digit_parts() -> dict[str, Callable[[], ImageSet]]:
     return {"train": lambda: part(order[number % 5 != 4]), "test": lambda: part(order[number % 5 == 4])}
 
 
+def spread(n: int, limit: int | None) -> list[int]:
+    "At most `limit` of the numbers 0..n-1, evenly spread; None: all of them."
+    return list(range(n)) if limit is None or limit >= n else [i * n // limit for i in range(limit)]
+
+
+def at_most(found, limit: int | None):
+    "At most `limit` of what was found, evenly spread: anything that has a length and `take(indices)`."
+    return found if limit is None or limit >= len(found) else found.take(np.array(spread(len(found), limit)))
+
+
 def open_images(root: str | Path | None = None, split: str | None = None, limit: int | None = None) -> ImageSet:
     """The images below a folder, whichever layout it has; None: the photographs inside scikit-image; `digits` (if there is no such folder): the labelled ones of scikit-learn.
 
@@ -356,7 +367,7 @@ def open_images(root: str | Path | None = None, split: str | None = None, limit:
         images = chosen[0]()
     except OSError as error:
         raise _unreadable(root, error) from error
-    return images if limit is None or limit >= len(images) else images.take(np.arange(limit) * len(images) // limit)
+    return at_most(images, limit)
 
 
 def parts_of(root: str | Path) -> set[str]:

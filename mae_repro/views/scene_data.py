@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 # %% ../../nbs/views/38_scene_data.ipynb #bbac878b
 from ..parts.weights import UserError
-from .photos import SPLITS, is_picture, walk
+from .photos import SPLITS, at_most, is_picture, walk
 from .sequences import FrameLists, anchor_groups, chunks, frame_lists, overlap_chains, turning_chains
 from .videos import natural
 
@@ -423,7 +423,7 @@ def open_scenes(root: str | Path, layout: str = "auto", limit: int | None = None
     longest, found = found.sizes.max(), found.at_least(min_frames)
     if not len(found):
         raise UserError(f"no sequence of {min_frames} frames in {root}, read as {layout}: the longest of {found.left_out} has {longest}. Lower --views.min-frames, and the number of views if that is more, or give other data")
-    return found if limit is None or limit >= len(found) else found.take(np.arange(limit) * len(found) // limit)
+    return at_most(found, limit)
 
 # %% ../../nbs/views/38_scene_data.ipynb #12f85e51
 def _check(root: str, layout: str, limit: int | None, split: str, min_frames: int, chunk: int | None, group_size: int, tries: int):

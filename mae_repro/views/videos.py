@@ -25,7 +25,7 @@ from torch import Tensor
 # %% ../../nbs/views/23_videos.ipynb #9062de4f
 from ..parts.weights import UserError
 from .pairs import Crop, check_views, distinct
-from .photos import SPLITS, BrokenImage, is_picture, load_image, walk
+from .photos import SPLITS, BrokenImage, at_most, is_picture, load_image, walk
 
 # %% ../../nbs/views/23_videos.ipynb #2c04b07a
 class Sequences(Protocol):
@@ -311,7 +311,7 @@ def open_videos(root: str | Path, limit: int | None = None, split: str | None = 
                         "Give the folder that holds the videos")
     kind = VideoFiles if files else FrameFolders
     found = kind(np.array([os.fsencode(name) for name in files or folders]), str(part))
-    return found if limit is None or limit >= len(found) else found.take(np.arange(limit) * len(found) // limit)
+    return at_most(found, limit)
 
 # %% ../../nbs/views/23_videos.ipynb #b273a1fa
 @dataclass(frozen=True, eq=False)
