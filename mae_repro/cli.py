@@ -286,7 +286,7 @@ class DataArgs:
 def _labelled(root: Path | None, limit: int | None = None, test_limit: int | None = None):
     "Training and test images with labels; both None if the data has none. UserError if a part cannot be read: only data that lacks the training or the test part is divided."
     from mae_repro.parts.weights import UserError
-    from mae_repro.views.photos import open_images, parts_of, spread
+    from mae_repro.views.photos import open_images, parts_of
     if root is None:
         return None, None
     for name, number in (("limit", limit), ("test-limit", test_limit)):
@@ -308,6 +308,7 @@ def _labelled(root: Path | None, limit: int | None = None, test_limit: int | Non
 
 def _fifths(images, limit: int | None, test_limit: int | None):
     "Every fifth image of each class is held out."
+    from mae_repro.views.photos import spread
     seen: dict[int, int] = {}
     parts: tuple[list[int], list[int]] = ([], [])
     for i, label in enumerate(images.labels):
