@@ -324,3 +324,11 @@ def test_bad_input(args, said, capsys):
 def test_every_method_has_a_cost(capsys):
     for row in cost(capsys, *(name for name in RECIPES if name.endswith("-tiny"))):
         assert row["gflops"] > row["gflops_decoder"] > 0 and row["params_total"] >= row["params_trainable"] > row["params_encoder"]
+
+
+@pytest.mark.parametrize("option, value, said", [("--method.mlp-ratio", "inf", "--method.mlp-ratio inf must be a finite number"), ("--method.mlp-ratio", ".001", "nothing is left of the MLPs"),
+                                                 ("--method.norm-eps", "nan", "--method.norm-eps nan must be a finite number"), ("--views.layout", "dlv", "--views.layout dlv is unknown")])
+def test_what_cannot_be_trained_has_no_cost(capsys, option, value, said):
+    assert run(["cost", "mae-tiny", "crossmae-tiny", option, value]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1

@@ -30,7 +30,7 @@ from mae_repro.parts.weights import UserError, load_state
 from mae_repro.training.optimisation import adamw, cosine_lr, set_lr
 from mae_repro.training import pretrain as P
 from mae_repro.training.pretrain import TrainingStopped, read_metrics
-from mae_repro.views.photos import open_images
+from mae_repro.views.photos import BrokenImage, open_images
 
 SHARED = Path(os.environ.get("MAE_REPRO_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -351,6 +351,16 @@ def test_broken_images_are_replaced_or_not_counted(root, tmp_path):
     assert "fine/03.png" in (tmp_path / "run/skipped.txt").read_text()
 
 
+@pytest.mark.parametrize("n, said", [(1, "1 image cannot be read, the first is 0.png"), (3, "3 images in a row cannot be read, the first is 0.png")])
+def test_images_of_which_none_can_be_read(n, said):
+    def load(i):
+        raise BrokenImage(f"{i}.png", "empty")
+    images = mock.MagicMock(load=load, labels=[0] * n)
+    images.__len__.return_value = n
+    with pytest.raises(UserError, match=said):
+        T.TrainImages(images, None)[0, 0]
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------------------------
 
 BAD = [("method", dict(img_size=30), "--method.img-size 30 is not a multiple of the encoder's patch_size 8"), ("method", dict(drop_path=1.), "--method.drop-path 1.0"),
@@ -358,7 +368,8 @@ BAD = [("method", dict(img_size=30), "--method.img-size 30 is not a multiple of 
        ("augment", dict(mixup=-1.), "--augment.mixup"), ("augment", dict(color_jitter=.4), "--augment.color-jitter"), ("optim", dict(layer_decay=0.), "--optim.layer-decay 0.0"),
        ("optim", dict(batch_size=7), "even number"), ("optim", dict(batch_size=64), "larger than the data: 48"), ("optim", dict(clip_grad=-1.), "--optim.clip-grad"),
        ("optim", dict(warmup_epochs=9.), "--optim.warmup-epochs"), ("train", dict(accumulate=3), "--optim.batch-size 8 cannot be divided"), ("train", dict(test_every=-1.), "--train.test-every"),
-       ("data", dict(workers=-1), "--data.workers")]
+       ("data", dict(workers=-1), "--data.workers"), ("augment", dict(mixup=math.inf), "--augment.mixup inf must be a finite number"), ("augment", dict(scale=(.5, math.nan)), "--augment.scale 0.5 nan must be finite"),
+       ("optim", dict(base_lr=math.inf), "--optim.base-lr inf must be a finite number"), ("optim", dict(clip_grad=math.inf), "--optim.clip-grad inf"), ("train", dict(accumulate=3), "among 1 process x")]
 
 
 @pytest.mark.parametrize("group, fields, said", BAD)

@@ -129,7 +129,12 @@ BAD = [("method.img_size", 225, "--method.img-size 225 is not a multiple of --me
        ("train.accumulate", 0, "--train.accumulate"), ("train.save_every", 0., "--train.save-every"), ("train.seed", -1, "--train.seed"),
        ("data.workers", -1, "--data.workers"), ("data.repeats", 0, "--data.repeats"), ("views.scale", (.5, .2), "--views.scale"),
        ("views.gap", (9, 9), "--views.gap"), ("views.source", "neighbour", "--views.embed"), ("optim.stop_epochs", 900, "--optim.stop-epochs"),
-       ("views.color_jitter", 1., "--views.color-jitter")]
+       ("views.color_jitter", 1., "--views.color-jitter"),
+       *[(field, math.inf, f"--{field.replace('_', '-')} inf must be a finite number") for field in ("method.mlp_ratio", "method.norm_eps", "optim.base_lr", "optim.weight_decay", "optim.min_lr", "train.save_every")],
+       ("views.ratio", (.75, math.inf), "--views.ratio 0.75 inf must be finite"), ("optim.betas", (.9, math.nan), "--optim.betas 0.9 nan must be finite"),
+       ("method.mlp_ratio", .001, "--method.embed-dim 768 is less than 1"), ("method.mlp_ratio", .0019, "--method.decoder-embed-dim 512 is less than 1"),
+       ("data.split", "trian", "--data.split trian is unknown: choose train, val, test"), ("views.layout", "dlv", "--views.layout dlv is unknown: choose auto, dl3dv"),
+       ("train.accumulate", 3, "2 processes x --train.accumulate 3")]
 
 
 BAD_ANCHORS = [("views", ViewsConfig(source="neighbour", neighbours=2, embed="x"), "--views.neighbours 2"), ("method.num_anchors", 0, "--method.num-anchors"), ("method.anchor_mask_ratio", 1., "--method.anchor-mask-ratio"), ("method.decoder_dropout", 1., "--method.decoder-dropout"),
@@ -489,6 +494,44 @@ def test_batch_larger_than_data_and_missing_data(images, tmp_path):
         with pytest.raises(UserError, match=said):
             P.pretrain(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("samples, repeats, batch, said", [(5, None, 256, "5 samples in an epoch; take a smaller batch, or --data.repeats 52 or more"), (15, 3, 256, "--data.repeats 52 "),
+                                                           (1, 1, 8, "1 sample in an epoch"), (5, None, 10, "--data.repeats 2 ")])
+def test_small_folders_say_how_many_repeats_they_need(tmp_path, samples, repeats, batch, said):
+    config = small(tmp_path, optim__batch_size=batch, data__repeats=repeats)
+    with pytest.raises(UserError) as error:
+        validate(config, samples)
+    assert said in str(error.value)
+    needed = int(str(error.value).split("--data.repeats ")[1].split()[0])
+    validate(replace_in(config, "data.repeats", needed), samples // (repeats or 1) * needed)
+    with pytest.raises(UserError, match="larger than the data"):
+        validate(replace_in(config, "data.repeats", needed - 1 or None), samples // (repeats or 1) * (needed - 1))
+
+
+def test_split_of_bags_may_be_a_folder(tmp_path):
+    config = replace_in(replace_in(replace_in(recipe("cdgmae-tiny"), "data.root", tmp_path), "data.split", "mine"), "views.source", "bag")
+    with pytest.raises(UserError, match="--data.split mine is unknown.*or a folder in --data.root"):
+        validate(config)
+    (tmp_path / "mine").mkdir()
+    validate(config)
+    with pytest.raises(UserError, match="--data.split mine"):
+        validate(replace_in(config, "views.source", "video"))
+
+
+@pytest.mark.parametrize("changes, said", [(dict(), "has 10 steps in all, of 8 images each: to learn more, raise --data.repeats or --optim.epochs"),
+                                           (dict(optim__stop_epochs=1), "has 5 steps in all, of 8 images each: to learn more, raise --data.repeats or --optim.stop-epochs"), (dict(data__repeats=10), None)])
+def test_a_short_training_says_so_once(images, tmp_path, caplog, monkeypatch, changes, said):
+    def stop(trainer, *_):
+        raise P.TrainingStopped
+    monkeypatch.setattr(P, "fit", stop)   # the line comes before
+    config = small(images, **changes)
+    for progress in (True, False):
+        caplog.clear()
+        with pytest.raises(P.TrainingStopped):
+            P.pretrain(config, tmp_path / str(progress), progress=progress)
+        found = [record.getMessage() for record in caplog.records if record.name == P.__name__]
+        assert len(found) == int(progress and said is not None) and all(said in line for line in found)
 
 
 def test_only_a_folder_made_by_this_call_is_removed(images, tmp_path, monkeypatch):

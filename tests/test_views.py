@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from mae_repro.parts.weights import UserError
+from mae_repro.training.data import DataConfig, ViewsConfig, open_source
 from mae_repro.views import bags as bags_module
 from mae_repro.views.bags import BagViews, bag_order, open_bags, open_pictures, smallest
 from mae_repro.views.pairs import Crop, CropViews, NeighbourViews, RandomPartners, distinct, drawn, nearest_neighbours, show_source
@@ -902,6 +903,29 @@ def test_shard_index_is_kept(tmp_path, monkeypatch):
     assert len(open_bags(tmp_path / "s")) == 2 and len(reads) == 1
     write_shard(path, ["x", "y", "z"])
     assert len(open_bags(tmp_path / "s")) == 3 and len(reads) == 2
+
+
+def test_folders_of_pictures_that_nothing_marks_are_named(tmp_path, caplog):
+    "The classes of a data set look like bags, frames and scenes: one line says what they were read as."
+    fill_frames(tmp_path / "classes", [3, 4, 5])
+    fill_bags(tmp_path / "bags", 2, 3)
+    said = lambda: [record.getMessage() for record in caplog.records]
+    for root, source, how in (("classes", "bag", "3 folders of pictures read as bags"), ("classes", "video", "3 folders of pictures read as videos"), ("bags", "bag", None), ("classes", "crop-pair", None),
+                              ("classes", "scene", "3 folders of pictures read as scenes"), ("classes/v0", "video", "1 folder of pictures read as videos")):
+        caplog.clear()
+        open_source(DataConfig(tmp_path / root), ViewsConfig(source=source, min_frames=2), 16, 2)
+        assert len(said()) == (how is not None) and (how is None or f"{tmp_path / root}: {how}" in said()[0])
+    caplog.clear()
+    open_source(DataConfig(tmp_path / "classes"), ViewsConfig(source="scene", layout="frames", min_frames=2), 16, 2)
+    assert not said(), "asked for in so many words"
+
+
+def test_small_bags_name_options(tmp_path):
+    with pytest.raises(UserError, match="lower --method.num-anchors .MuM: --method.num-views., or generate more views") as error:
+        open_source(DataConfig(fill_bags(tmp_path, 2, 2)), ViewsConfig(source="bag"), 16, 5)
+    assert "num_views" not in str(error.value)
+    with pytest.raises(UserError, match=".2 of 2 bags are too small.: generate more views"):
+        open_source(DataConfig(fill_bags(tmp_path / "alone", 2, 0)), ViewsConfig(source="bag"), 16, 2)
 
 
 def test_cut_off_shard(tmp_path, caplog):

@@ -11,7 +11,6 @@ __all__ = ['RECIPES', 'ClassifierConfig', 'AugmentConfig', 'LabelledData', 'Tune
 # %% ../../nbs/evaluation/41_finetune.ipynb #6bac7742
 import contextlib
 import json
-import math
 import random
 import sys
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from .classifier import Classifier, layer_groups, published_state, sizes, tunabl
 from .probes import check_labels, wilson
 from ..parts.patches import normalise
 from ..parts.weights import UserError, save_state, write_json
-from ..training.config import OptimConfig, TrainConfig, from_plain, optim_rules, refuse, train_rules
+from ..training.config import OptimConfig, TrainConfig, from_plain, number_rules, optim_rules, refuse, train_rules
 from ..training.optimisation import adamw, peak_lr
 from ..training.pretrain import (Interrupt, Trainer, fit, ignore_signals, is_finished, log, made_here, on_main, open_run_dir, processes, read_fields, read_metrics,
                                          settings_hash, start_accelerator, train_in)
@@ -222,15 +221,15 @@ def recipe(name: str | None, encoder: nn.Module) -> FinetuneConfig:
 # %% ../../nbs/evaluation/41_finetune.ipynb #2bfb259f
 def check(config: FinetuneConfig, num_images: int | None = None, world: int = 1) -> None:
     "UserError naming the first field that cannot work, as typed on the command line. num_images: training images, if known; world: processes."
-    for rules in (optim_rules, train_rules, _own_rules):
+    for rules in (number_rules, optim_rules, train_rules, _own_rules):
         refuse(config, rules(config))
     size, parts = config.optim.batch_size, config.train.accumulate * world
     if size % parts:
-        raise UserError(f"--optim.batch-size {size} cannot be divided among {world} processes x --train.accumulate {config.train.accumulate} micro-batches; take a multiple of {parts}")
+        raise UserError(f"--optim.batch-size {size} cannot be divided among {world} process{'es' * (world != 1)} x --train.accumulate {config.train.accumulate} micro-batches; take a multiple of {parts}")
     if mixes(config) and size // parts % 2:
         raise UserError(f"--optim.batch-size {size} gives micro-batches of {size // parts} images, and mixup and CutMix need an even number; take a multiple of {2 * parts}, or set both to 0")
     if num_images is not None and size > num_images:
-        raise UserError(f"--optim.batch-size {size} is larger than the data: {num_images} training images; take a smaller batch")
+        raise UserError(f"--optim.batch-size {size} is larger than the data: {num_images} training image{'s' * (num_images != 1)}; take a smaller batch")
 
 
 def mixes(config: FinetuneConfig) -> bool:
@@ -246,7 +245,7 @@ def _own_rules(config: FinetuneConfig):
     for name in ("flip", "erase", "mix_prob", "switch_prob"):
         yield f"augment.{name}", 0 <= getattr(a, name) <= 1, "must lie between 0 and 1"
     for name in ("mixup", "cutmix"):
-        yield f"augment.{name}", 0 <= getattr(a, name) < math.inf, "must not be negative"
+        yield f"augment.{name}", getattr(a, name) >= 0, "must not be negative"
     yield "augment.color_jitter", a.color_jitter is None or 0 <= a.color_jitter < 1, "must lie in 0 <= jitter < 1"
     yield "augment.color_jitter", a.color_jitter is None or a.rand_augment is None, "does not go with --augment.rand-augment: set that to None"
     yield "augment.scale", 0 < a.scale[0] <= a.scale[1] <= 1, "must be two shares, 0 < smallest <= largest <= 1"
@@ -313,7 +312,7 @@ class TrainImages(Dataset):
                 continue
             with seeded(sample_seeds(self.seed, epoch, index)[0]):
                 return dict(images=self.transform(image), label=self.images.labels[i], index=index, broken=broken.path if broken else "")
-        raise UserError(f"{k + 1} images in a row cannot be read, the first is {broken}. Check the data")
+        raise UserError(f"{k + 1} image{'s in a row' * (k > 0)} cannot be read, the first is {broken}. Check the data")
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['M', 'KINDS', 'Checks', 'OptimConfig', 'TrainConfig', 'Config', 'replace_in', 'kind_name', 'config_to_dict',
-           'config_from_dict', 'validate', 'refuse', 'optim_rules', 'train_rules']
+           'config_from_dict', 'validate', 'refuse', 'number_rules', 'optim_rules', 'train_rules']
 
 # %% ../../nbs/training/29_config.ipynb #c2cb0c4d
 import json
+import math
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, Generic, Literal, TypeVar
@@ -20,6 +21,7 @@ from ..methods.sldm import SLDM
 from ..parts.model import from_plain
 from ..parts.weights import UserError
 from .data import DataConfig, ViewsConfig
+from ..views.scene_data import LAYOUTS
 
 # %% ../../nbs/training/29_config.ipynb #5e69b420
 M = TypeVar("M")
@@ -132,7 +134,7 @@ def validate(config: Config, num_images: int | None = None, processes: int = 1) 
     """UserError naming the first field that cannot work, as typed on the command line, and what to do about it.
 
     num_images: samples in an epoch, if known (to check the batch); processes: how many train together."""
-    for rules in (_method_rules, optim_rules, train_rules, _data_rules):
+    for rules in (number_rules, _method_rules, optim_rules, train_rules, _data_rules):
         refuse(config, rules(config))
     try:
         config.method.dry_run()
@@ -143,15 +145,20 @@ def validate(config: Config, num_images: int | None = None, processes: int = 1) 
     o, t, v = config.optim, config.train, config.views
     if v.source == "scene":
         if o.batch_size % (v.per_batch * processes):
-            raise UserError(f"--optim.batch-size {o.batch_size} is not made of micro-batches of --views.per-batch {v.per_batch} views, as many for each of {processes} processes; "
+            raise UserError(f"--optim.batch-size {o.batch_size} is not made of micro-batches of --views.per-batch {v.per_batch} views, as many for each of {_count(processes, 'process', 'es')}; "
                             f"take a multiple of {v.per_batch * processes}")
         return  # scenes are drawn without end: nothing else to compare with
     if o.batch_size % (t.accumulate * processes):
-        raise UserError(f"--optim.batch-size {o.batch_size} cannot be divided among {processes} processes x --train.accumulate {t.accumulate} micro-batches; "
+        raise UserError(f"--optim.batch-size {o.batch_size} cannot be divided among {_count(processes, 'process', 'es')} x --train.accumulate {t.accumulate} micro-batches; "
                         f"take a multiple of {t.accumulate * processes}")
     if num_images is not None and o.batch_size > num_images:
-        hint = "give --data.root, or a smaller --optim.batch-size" if config.data.root is None else "take a smaller batch or more --data.repeats"
-        raise UserError(f"--optim.batch-size {o.batch_size} is larger than the data: {num_images} samples in an epoch; {hint}")
+        once = max(1, num_images // (config.data.repeats or 1))  # samples of an epoch without repeats
+        hint = "give --data.root, or a smaller --optim.batch-size" if config.data.root is None else f"take a smaller batch, or --data.repeats {math.ceil(o.batch_size / once)} or more"
+        raise UserError(f"--optim.batch-size {o.batch_size} is larger than the data: {_count(num_images, 'sample')} in an epoch; {hint}")
+
+
+def _count(n: int, name: str, ending: str = "s") -> str:
+    return f"{n} {name}{ending * (n != 1)}"
 
 
 Checks = typing.Iterator[tuple[str, bool, str]]
@@ -168,8 +175,21 @@ def refuse(config, rules: "Checks") -> None:
             raise UserError(f"--{name.replace('_', '-')} {shown} {rule}")
 
 
+def number_rules(config) -> Checks:
+    "Of every float in every group, alone or in a tuple: neither inf nor nan. Of a pre-training or a fine-tuning."
+    for group in (f.name for f in fields(config) if is_dataclass(getattr(config, f.name))):
+        for name in (f.name for f in fields(getattr(config, group))):
+            value = getattr(getattr(config, group), name)
+            numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, float)]
+            yield f"{group}.{name}", all(map(math.isfinite, numbers)), f"must be {'finite numbers' if len(numbers) > 1 else 'a finite number'}"
+
+
 def _method_rules(config: Config) -> Checks:
-    yield from ((f"method.{name}", ok, rule) for name, ok, rule in config.method.rules())
+    m = config.method
+    yield from ((f"method.{name}", ok, rule) for name, ok, rule in m.rules())
+    if hasattr(m, "mlp_ratio"):  # the diffusion model has none, and SiamMAE's decoder has a width of its own
+        for name in ("embed_dim",) if hasattr(m, "decoder_mlp_dim") else ("embed_dim", "decoder_embed_dim"):
+            yield "method.mlp_ratio", getattr(m, name) * m.mlp_ratio >= 1, f"times --method.{name.replace('_', '-')} {getattr(m, name)} is less than 1: nothing is left of the MLPs"
 
 
 def optim_rules(config: Config) -> Checks:
@@ -202,6 +222,9 @@ def train_rules(config: Config) -> Checks:
 
 def _data_rules(config: Config) -> Checks:
     d, v, needed = config.data, config.views, config.method.num_views
+    parts = ("train", "val", "test")
+    yield "data.split", d.split in parts or v.source == "bag" and d.root is not None and (d.root.expanduser() / d.split).is_dir(), f"is unknown: choose {', '.join(parts)}" + ", or a folder in --data.root" * (v.source == "bag")
+    yield "views.layout", v.layout in ("auto", *LAYOUTS), f"is unknown: choose auto, {', '.join(LAYOUTS)}"
     yield "data.workers", d.workers >= 0, "must not be negative"
     yield "data.limit", d.limit is None or d.limit > 0, "must be positive"
     yield "data.repeats", d.repeats is None or d.repeats > 0, "must be positive"
@@ -221,7 +244,7 @@ def _data_rules(config: Config) -> Checks:
     yield "views.buffer", v.buffer > 0, "must be positive"
     yield "views.streams", v.streams > 0, "must be positive"
     yield "views.streams", v.order == "shuffled" or config.optim.batch_size % v.streams == 0, f"does not divide --optim.batch-size {config.optim.batch_size}"
-    yield "views.neighbours", v.source != "neighbour" or v.neighbours >= max(needed - 1, 1), f"is too few: this method needs {needed - 1} anchors"
+    yield "views.neighbours", v.source != "neighbour" or v.neighbours >= max(needed - 1, 1), f"is too few: this method needs {_count(max(needed - 1, 1), 'anchor')}"
     yield "views.embed", v.source != "neighbour" or bool(v.embed), "is missing: --views.source neighbour needs an encoder that says which images are alike (a run, a checkpoint, a timm name)"
     yield "views.color_jitter", 0 <= v.color_jitter < 1, "must lie in 0 <= jitter < 1"
 

@@ -17,6 +17,7 @@ import errno
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import platform
@@ -385,7 +386,7 @@ def fail(trainer: Trainer, loss: float, batches: list[dict]) -> None:
         (folder / "images.txt").write_text("".join(f"{name}\n" for name in names))
     on_main(trainer.accelerator, write)
     raise TrainingFailed(f"loss is {loss} at step {trainer.done} (epoch {trainer.epoch:.2f}, learning rate {trainer.lr:.2e}); the state before that step and the "
-                         f"names of its {len(names)} images are in {folder}. Lower --optim.base-lr, or use --train.precision fp32")
+                         f"names of its {len(names)} image{'s' * (len(names) != 1)} are in {folder}. Lower --optim.base-lr, or use --train.precision fp32")
 
 # %% ../../nbs/training/33_pretrain.ipynb #57f02a22
 def state_of(trainer: Trainer) -> dict:
@@ -622,9 +623,20 @@ def _train(config: Config, run_dir: Path, views: Views, accelerator, probe, figu
         accelerator.init_trackers("tensorboard" if not config.train.wandb else config.train.wandb, init_kwargs={
             "tensorboard": {"purge_step": start + 1 if start else None},
             "wandb": {"id": hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12], "resume": "allow", "dir": str(run_dir)}})
+        if progress and accelerator.is_main_process and not start:
+            _say_if_short(trainer)
         fit(trainer, lambda: look_at(trainer, probe, figure), progress and accelerator.is_main_process)
         finish(trainer)
     return train_in(run_dir, accelerator, lambda interrupt: Trainer(config, run_dir, views, accelerator, interrupt), body)
+
+
+def _say_if_short(trainer: Trainer, least: int = 100) -> None:
+    "One line of the log before a training of so few steps that it learns next to nothing, as small folders give."
+    config, steps = trainer.config, trainer.total
+    if steps < least:
+        more = "--views.epoch-steps" if config.views.source == "scene" else "--data.repeats"
+        epochs = "--optim.epochs" if config.optim.stop_epochs is None else "--optim.stop-epochs"
+        logging.getLogger(__name__).warning("this training has %d step%s in all, of %d images each: to learn more, raise %s or %s", steps, "s" * (steps != 1), config.optim.batch_size, more, epochs)
 
 
 def train_in(run_dir: Path, accelerator, make: Callable[[Interrupt], Trainer], body: Callable[[Trainer, int], None]) -> Path:
