@@ -22,7 +22,9 @@ import re
 import shlex
 import shutil
 import sys
+import textwrap
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -60,25 +62,30 @@ def parse(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
             found = tyro.cli(kind, args=args, prog=prog, **({} if default is None else {"default": default}))
         _check_json(getattr(found, "json", None))
         _check_figure(getattr(found, "figure", None))
+        _check_seed(getattr(found, "seed", None))
         return found
     except SystemExit as stop:
         if not stop.code:
             raise
-        text = re.sub(r"\x1b\[[0-9;]*m|\[/?bold\]", "", said.getvalue())
-        text = re.sub(r"\A(╭.*\n|.*\n\s*-+\s*\n)", "", text)  # a frame, or in a notebook a title and dashes, which says less than what follows
-        lines = [re.sub(r"^[│╰]\s?|\s*[│╯]$", "", line).rstrip() for line in text.splitlines()]
-        lines = [line for line in lines if line.strip() and set(line.strip()) - set("─-")]
-        if lines and lines[0].lstrip().startswith("Missing from"):
-            raise BadUsage(_missing(lines, prog)) from None
-        raise BadUsage("\n".join(lines).lstrip() or "the arguments cannot be understood") from None
+        wrong, further = _unframed(said.getvalue())
+        if wrong and wrong[0].startswith("Missing from"):
+            raise BadUsage(_missing(wrong, prog)) from None
+        raise BadUsage("\n".join([" ".join(map(str.strip, wrong)), *further]).strip() or "the arguments cannot be understood") from None
+
+
+def _unframed(said: str) -> tuple[list[str], list[str]]:
+    "The lines of a message of tyro without its frame, which is made of blanks and dashes where UTF-8 is not printed: what is wrong, and what stands below the first rule."
+    text = re.sub(r"\x1b\[[0-9;]*m|\[/?bold\]", "", said)
+    text = re.sub(r"\A(╭.*\n|.*\n\s*-+\s*\n)", "", text)  # the title says less than what follows
+    text = textwrap.dedent("\n".join(re.sub(r"^[│╰]\s?|\s*[│╯]$", "", line).rstrip() for line in text.splitlines()))
+    wrong, *further = ([line for line in part.splitlines() if line.strip()] for part in re.split(r"(?m)^[─-]+$", text))
+    return wrong, [line for part in further for line in part]
 
 
 def _missing(lines: list[str], prog: str) -> str:
     "One line of tyro's list of what is missing: names, indented by four, and below each what it is for."
     names, about = [], []
     for line in lines[1:]:
-        if line.startswith("For full"):
-            break
         (about if line.startswith(" " * 8) else names).append(line.strip())
     said = " ".join(about).replace("(required)", "").strip().rstrip(".")
     return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing" + (f": {said[0].lower()}{said[1:]}" if said and len(names) == 1 else "") + f". See {prog} --help"
@@ -107,6 +114,12 @@ def _check_figure(where: Path | tuple[Path, ...] | None) -> None:
                 raise PermissionError(None, "it is a folder, or the folder cannot be written to")
         except OSError as error:
             raise BadUsage(f"--figure {path}: cannot be written there ({error.strerror})") from None
+
+
+def _check_seed(seed: int | None) -> None:
+    "BadUsage if numbers cannot be drawn from it: numpy takes no seed below 0."
+    if seed is not None and seed < 0:
+        raise BadUsage(f"--seed {seed} must not be negative")
 
 
 def emit(value: Any, where: str | None, text: str = "") -> None:
@@ -239,8 +252,8 @@ def _trained(run: Path, where: str | None) -> int:
 
 def _next(run: Path) -> str:
     "What to do with a finished run."
-    paints = (run / "pipeline").is_dir()
-    return f"mae-repro views make --generator {run} --images DIR --out BAGS" if paints else f"mae-repro probe {run} --data.root DIR"
+    paints, name = (run / "pipeline").is_dir(), shlex.quote(str(run))
+    return f"mae-repro views make --generator {name} --images DIR --out BAGS" if paints else f"mae-repro probe {name} --data.root DIR"
 
 
 def _figure_of(config):
@@ -276,7 +289,7 @@ def _training_probe(config):
 class DataArgs:
     "Which images."
     root: Path | None = None
-    "Folder with class folders, ImageNet's layout, or CIFAR-10."
+    "Folder with class folders, ImageNet's layout, or CIFAR-10; digits: the built-in labelled images."
     limit: int | None = None
     "At most so many training images, balanced over classes."
     test_limit: int | None = None
@@ -540,8 +553,6 @@ def dense(args: list[str]) -> int:
     from mae_repro.methods.catalogue import open_encoder
     from mae_repro.parts.weights import UserError
     a = parse(DenseArgs, args, "mae-repro dense")
-    if a.seed < 0:
-        raise UserError(f"--seed {a.seed} must be 0 or more")
     if a.img_size is not None and len(a.img_size) not in (1, 2):
         raise UserError(f"--img-size {' '.join(map(str, a.img_size))}: give one number, or height and width")
     device, encoder = _device(a.device), open_encoder(a.encoder, pretrained=not a.untrained, seed=a.seed)
@@ -689,8 +700,6 @@ def match(args: list[str]) -> int:
     from mae_repro.methods.catalogue import open_encoder
     from mae_repro.parts.weights import UserError
     a = parse(MatchArgs, args, "mae-repro match")
-    if a.seed < 0:
-        raise UserError(f"--seed {a.seed} must be 0 or more")
     device, encoder = _device(a.device), open_encoder(a.encoder, pretrained=not a.untrained, seed=a.seed)
     sweep = {name: value for name in ("lrs", "weight_decays") if (value := getattr(a, name)) is not None}
     config = M.MatchConfig(M.match_size(encoder, a.img_size), _layers(a.layer), {"yes": (True,), "no": (False,), "both": (True, False)}[a.norm], a.probe, a.steps, a.batch_size,
@@ -895,7 +904,10 @@ def inspect(args: list[str]) -> int:
     if args[:1] == ["attention"]:
         return inspect_attention(args[1:])
     from mae_repro.analysis.inspection import inspect_run
+    from mae_repro.parts.weights import UserError
     a = parse(InspectArgs, args, "mae-repro inspect")
+    if folder := next((path for path in a.images if path.is_dir()), None):
+        raise UserError(f"{folder}: is a folder; give the pictures themselves, such as {shlex.quote(str(folder))}/*.png")
     page = inspect_run(a.model, a.images, a.out, a.seed)
     print(f"{page}: open it in a browser")
     return 0
@@ -1104,7 +1116,7 @@ def _made(done: dict, where: str | None) -> None:
     skipped = f"; {done['skipped']} images were left out: {Path(done['out']) / 'skipped.txt'}" if done["skipped"] else ""
     rest = "" if done["finished"] else "; other processes are still at work"
     emit(done, where, f"{done['out']}: views of {done['images']} images, {done['made']} bags made now{skipped}{rest}\n"
-                      f"next: mae-repro views score bag:{done['out']}, mae-repro pretrain cdgmae-tiny --data.root {done['out']}")
+                      f"next: mae-repro views score {shlex.quote('bag:' + done['out'])}, mae-repro pretrain cdgmae-tiny --data.root {shlex.quote(done['out'])}")
 
 
 def _make_together(a: MakeArgs, count: int) -> int:
@@ -1136,7 +1148,7 @@ def _make_together(a: MakeArgs, count: int) -> int:
         found.append(results.get())
     said = [r for r in found if isinstance(r, str)]
     if said or len(found) < count:
-        print(said[0] if said else "mae-repro views: a process ended before its work was done; give the same command again to go on", file=sys.stderr)
+        print(said[0] if said else "mae-repro views make: a process ended before its work was done; give the same command again to go on", file=sys.stderr)
         return 2 if said else 1
     unfinished = a.config.format == "shards" and len(list(a.out.glob("*.tar"))) < -(-total // a.config.per_shard)
     _made({**found[0], "made": sum(r["made"] for r in found), "skipped": max(r["skipped"] for r in found), "finished": not unfinished}, a.json)
@@ -1160,7 +1172,7 @@ def _make_worker(a: MakeArgs, rank: int, count: int, done, results) -> None:
     try:
         results.put(_make(a, rank, f"cuda:{rank % torch.cuda.device_count()}" if cuda else "cpu", False, tick))
     except UserError as error:
-        results.put(f"mae-repro views: {error}")
+        results.put(f"mae-repro views make: {error}")
     except KeyboardInterrupt:   # the parent says so
         pass
 
@@ -1354,8 +1366,10 @@ def views(args: list[str]) -> int:
     if args[:1] in (["-h"], ["--help"]):
         print(usage)
         return 0
-    if not args or args[0] not in VIEWS:
+    if not args or args[0].startswith("-"):
         raise UserError(f"views needs one of {', '.join(VIEWS)}\n{usage}")
+    if args[0] not in VIEWS:
+        raise UserError(f"there is no command {args[0]!r}{_meant(args[0], VIEWS)}\ncommands: {', '.join(VIEWS)}\n{usage}")
     return VIEWS[args[0]](args[1:])
 
 # %% ../nbs/80_cli.ipynb #1616c906
@@ -1504,6 +1518,7 @@ def cost(args: list[str]) -> int:
     measured = _measured(parsed) if first.measure else {}
     for name, a in parsed.items():
         row = cost_row(name, a.config.method, a.convention, a.as_built)
+        row["unit"] = "GFLOPs" if a.convention == "flop-all" else "GMACs"  # of everything whose name begins with gflops
         rows.append(row | ({"measured": measured[name]} if measured else {}))
         if a.plan:
             rows[-1]["plan"] = plan_training(a.config, a.gpus, a.gpu, a.images_per_s, a.utilisation, a.samples)
@@ -1567,7 +1582,7 @@ def _measured(parsed: "dict[str, CostArgs]") -> dict:
 
 def _cost_text(rows: list[dict]) -> str:
     "The rows for people."
-    width, unit = max(6, *(len(r["recipe"]) for r in rows)), "GFLOPs" if rows[0]["convention"] == "flop-all" else "GMACs"
+    width, unit = max(6, *(len(r["recipe"]) for r in rows)), rows[0]["unit"]
     what = "as built here" if rows[0]["as_built"] else "as the authors' code computes it"
     lines = [f"one sample, forward, {rows[0]['convention']}, {what}", "",
              f"{'recipe':{width}}  {'parameters':>13}  {'trainable':>13}  {'encoder':>13}  {unit:>9}  decoder blocks"]
@@ -1635,14 +1650,17 @@ def reproduce(args: list[str]) -> int:
     given = {name: folder and folder.expanduser() for name, folder in vars(a.data).items() if name != "moved"}
     if a.seeds < 1:
         raise UserError(f"--seeds {a.seeds} must be at least 1")
-    if a.seed is not None and not 0 <= a.seed < (a.seeds if a.seeds > 1 else a.seed + 1):
-        raise UserError(f"--seed {a.seed} " + ("must not be negative" if a.seed < 0 else f"is none of --seeds {a.seeds}: 0 to {a.seeds - 1}"))
+    if a.seed is not None and 1 < a.seeds <= a.seed:
+        raise UserError(f"--seed {a.seed} is none of --seeds {a.seeds}: 0 to {a.seeds - 1}")
     for name, folder in given.items():
         if folder is not None and not folder.exists():
             raise UserError(f"--data.{name} {folder}: is missing; give the folder of the data")
     launcher, options = _words("--launcher", a.launcher), _words("--options", a.options)
-    if launcher and not shutil.which(launcher[0]):
-        raise UserError(f"--launcher {a.launcher}: there is no such command")
+    if launcher:
+        beside = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])  # where torchrun is, if the environment is not active
+        if (found := shutil.which(launcher[0], path=beside)) is None:
+            raise UserError(f"--launcher {a.launcher}: there is no such command")
+        launcher = (found, *launcher[1:])
     if own := [word for word in options if word.partition("=")[0] in ("--data.root", "--train.seed", "--out")]:
         raise UserError(f"--options {own[0]}: data is given as --data.NAME, seeds as --seeds, and places as --out, so that what is kept stays comparable")
     if a.script is not None and a.dry_run:
@@ -1707,9 +1725,11 @@ def _reproduce(a: ReproduceArgs, tables: list, given: dict, launcher: tuple[str,
     numbers = [(t, *number) for t in tables for number in table_steps(t, scale, seeds, given, home, MODELS, EVALUATIONS, a.only, a.trial, a.columns, options)]
     if not numbers:
         raise UserError(f"{', '.join(t.key for t in tables)}: nothing to do at scale {scale}")
+    steps = runner.flat(step for *_, step in numbers)
+    if options:  # without them, the rows are known to be in order
+        _check_trainings(steps, here=a.script is None and not a.dry_run)
     if a.script is not None:
         return _write_script(a, numbers, scale, given)
-    steps = runner.flat(step for *_, step in numbers)
     if a.dry_run:
         emit([step.line() for step in steps], a.json, "\n".join(step.line() + "    # done" * step.done.is_file() for step in steps))
         return 0
@@ -1729,6 +1749,23 @@ def _reproduce(a: ReproduceArgs, tables: list, given: dict, launcher: tuple[str,
     if failed:
         print(f"mae-repro reproduce: {len(failed)} of {len(steps)} steps failed or wait for one that did; the same command tries them again", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _check_trainings(steps: list, here: bool) -> None:
+    "UserError if a training could not begin, before the first of them runs. `here`: they run on this machine, which must have the device."
+    from mae_repro.parts.weights import UserError
+    from mae_repro.reproduction.tables import config_of
+    from mae_repro.training.config import validate
+    seen = set()
+    for step in steps:
+        config = config_of(step.command[1:-4]) if step.kind == "train" else None  # the last four are seed and place
+        if config is None or repr(config) in seen or step.done.is_file():
+            continue
+        seen.add(repr(config))
+        try:
+            validate(config if here else replace(config, train=replace(config.train, device="auto", precision="auto")))
+        except UserError as error:
+            raise UserError(f"--options: {error} ({step.about})") from None
 
 
 def _write_script(a: ReproduceArgs, numbers: list, scale: str, given: dict) -> int:
@@ -1788,7 +1825,10 @@ class DemoArgs:
 
 def demo(args: list[str]) -> int:
     from mae_repro.analysis.demo import run_demo
+    from mae_repro.parts.weights import UserError
     a = parse(DemoArgs, args, "mae-repro demo")
+    if a.epochs is not None and a.epochs < 1:
+        raise UserError(f"--epochs {a.epochs} must be at least 1")
     run_demo(a.out, a.epochs)
     return 0
 
@@ -1807,14 +1847,12 @@ def run(args: list[str]) -> int:
         print(__version__)
         return 0
     if args[0] not in COMMANDS:
-        from difflib import get_close_matches
-        near = get_close_matches(args[0], COMMANDS, 1)
-        print(f"mae-repro: there is no command {args[0]!r}" + (f"; did you mean {near[0]}?" if near else "") + f"\ncommands: {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"mae-repro: there is no command {args[0]!r}{_meant(args[0], COMMANDS)}\ncommands: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
         return COMMANDS[args[0]](args[1:])
     except BadUsage as error:
-        print(f"mae-repro {args[0]}: {error}", file=sys.stderr)
+        print(f"{_typed(args)}: {error}", file=sys.stderr)
         return 2
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
@@ -1829,8 +1867,18 @@ def run(args: list[str]) -> int:
         if code is None:
             raise
         said = f"{error.filename}: {error.strerror}; is it the folder or file that you meant?" if isinstance(error, OSError) else error
-        print(f"mae-repro {args[0]}: {said}", file=sys.stderr)
+        print(f"{_typed(args)}: {said}", file=sys.stderr)
         return code
+
+
+def _typed(args: list[str]) -> str:
+    "The command that was typed, with its second word where there are several."
+    return f"mae-repro {' '.join(args[:2] if args[0] == 'views' and args[1:2] and args[1] in VIEWS or args[:2] == ['inspect', 'attention'] else args[:1])}"
+
+
+def _meant(word: str, among) -> str:
+    near = get_close_matches(word, among, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _exit_code(error: Exception) -> int | None:
@@ -1843,7 +1891,10 @@ def _exit_code(error: Exception) -> int | None:
 
 
 def main() -> None:
-    "Entry point of `mae-repro`."
+    "Entry point of `mae-repro`. A name that the output's encoding lacks is no reason to stop: it is printed in escapes."
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mae_repro.cli import COMMANDS, WELCOME, _labelled, run
+from mae_repro.cli import COMMANDS, WELCOME, _labelled, _next, run
 from mae_repro.methods.catalogue import open_encoder, open_model, save_model
 from mae_repro.methods.crossmae import CrossMAE
 from mae_repro.methods.mae import MAE
@@ -81,6 +82,9 @@ def test_entry_points():
     (["probe", "mae-tiny", "--data.root", "digits", "--augment"], "--augment: goes with --kind linear --optimizer lars"),
     (["probe", "mae-tiny", "--data.root", "digits", "--epochs", "3"], "--epochs 3: must be at least 1, and is of --kind linear"),
     (["probe", "mae-tiny", "--data.root", "digits", "--kind", "linear", "--epochs", "0"], "--epochs 0"),
+    (["probe", "mae-tiny", "--data.root", "digits", "--seed", "-3"], "--seed -3 must not be negative"),
+    (["inspect", "mae-tiny", "."], "is a folder; give the pictures themselves"),
+    (["demo", "--epochs", "0"], "mae-repro demo: --epochs 0 must be at least 1"),
     (["parity", "/nowhere/at/all.safetensors"], "no such file"),
     (["export", "/nowhere/at/all", "--to", "timm", "--out", "x"], "/nowhere/at/all"),
     (["export", "x", "--to", "onnx", "--out", "x"], "onnx"),
@@ -93,6 +97,34 @@ def test_mistakes_get_one_clear_line_and_code_2(args, says, capsys):
     out, err = capsys.readouterr()
     assert says in err.splitlines()[0] or says in err, err
     assert err.startswith("mae-repro") and "Traceback" not in err and not out
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+def test_the_first_line_says_what_is_wrong_however_narrow_the_terminal(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert run(["views", "render", "--layout", "kitti", "--out", "x"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("mae-repro views render: ") and "'kitti'" in said[0] and said[0].endswith("('davis', 'vip', 'jhmdb', 'bag', 'scene').")
+    assert run(["pretrain", "mae-tiny", "--optim.epoch", "3"]) == 2   # what stands below stays in lines
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].endswith("Unrecognized options: --optim.epoch, 3") and "    --optim.epochs INT" in said
+
+
+def test_a_terminal_without_utf8(folder, tmp_path):
+    "Messages are the same, and names that cannot be printed do not end a command."
+    (tmp_path / "bücher").symlink_to(folder)
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONWARNINGS": "ignore"}
+    start = lambda *words: subprocess.run([sys.executable, "-m", "mae_repro.cli", *words], capture_output=True, text=True, env=env)
+    assert start("resume").stderr == "mae-repro resume: PATH is missing: the run's folder. See mae-repro resume --help\n"
+    done = start("probe", "mae-tiny", "--data.root", str(tmp_path / "bücher"), "--no-controls")
+    assert done.returncode == 0 and r"b\xfccher" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_a_hint_can_be_copied_whatever_the_folder_is_called(tmp_path):
+    run_dir = tmp_path / "my run's ü"
+    for paints in (False, True):
+        (run_dir / "pipeline").mkdir(parents=True) if paints else None
+        assert str(run_dir) in shlex.split(_next(run_dir))
 
 
 def test_parity_command(tmp_path, capsys):
@@ -325,6 +357,13 @@ def test_timm_names(monkeypatch):
         open_encoder("vit_base_patch16_224.mae")
 
 
+def test_cost_says_what_it_counts(capsys):
+    for convention, unit in (("mac-linear", "GMACs"), ("flop-all", "GFLOPs")):
+        assert run(["cost", "mae-tiny", "--convention", convention, "--json", "-"]) == 0
+        out, err = capsys.readouterr()
+        assert json.loads(out)[0]["unit"] == unit and f"{unit} by part" in err
+
+
 def test_benchmark(capsys):
     assert run(["benchmark", "mae-tiny", "crossmae-tiny", "--rounds", "2", "--batch-size", "2", "--json", "-", "--device", "cpu"]) == 0
     rows = json.loads(capsys.readouterr().out)
@@ -380,7 +419,8 @@ def test_show_draws_what_a_recipe_sees(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("args, says", [
-    (["views"], "render, show"), (["views", "paint"], "render, show"), (["views", "render", "--layout", "davis"], "--out"),
+    (["views"], "render, show"), (["views", "paint"], "render, show"), (["views", "makee"], "mae-repro views: there is no command 'makee'; did you mean make?"), (["views", "show", "mea"], "mae-repro views show: unknown"),
+    (["inspect", "attention", "nowhere"], "mae-repro inspect attention: "), (["views", "render", "--layout", "davis"], "--out"),
     (["views", "render", "--layout", "kitti", "--out", "x"], "kitti"), (["views", "show"], "name of a recipe"), (["views", "show", "mea"], "unknown recipe"),
     (["views", "show", "siammae-tiny", "--data.root", "nowhere"], "nowhere"), (["views", "show", "cropmae-tiny", "--rows", "0"], "--rows"),
     (["propagate", "x"], "--task"), (["propagate", "x", "--task", "davis"], "--data.root"), (["propagate", "x.pth", "--task", "davis", "--data.root", "."], "x.pth"),

@@ -1,6 +1,7 @@
 "Generators of views, and bags made with them: the same whatever the batch, interrupted or not, alone or together."
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -397,6 +398,13 @@ def test_precision_of_a_painter(tmp_path, monkeypatch, device, precision, native
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
     monkeypatch.setitem(G.DIFFUSERS, "unclip", lambda model, steps, guidance, device, dtype: dtype)
     assert _generator(MakeArgs("unclip:model", tmp_path, MakeConfig(), precision=precision), device)[1] == found
+
+
+def test_what_to_do_next_can_be_copied_whatever_the_folder_is_called(folder, tmp_path, capsys):
+    out = tmp_path / "b ü"
+    assert run(["views", "make", "--generator", "crops", "--images", str(folder), "--img-size", "16", "--num-views", "1", "--out", str(out)]) == 0
+    score, _, train = capsys.readouterr().out.partition("next: ")[2].partition(", ")
+    assert shlex.split(score)[-1] == f"bag:{out}" and shlex.split(train)[-1] == str(out)
 
 
 def test_scores_and_filter_from_the_command_line(folder, tmp_path, capsys):

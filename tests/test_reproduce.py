@@ -463,6 +463,31 @@ def test_bad_usage_is_one_clear_line(words, said, capsys, tmp_path):
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_a_launcher_is_found_beside_python(tmp_path, monkeypatch, capsys):
+    "The environment need not be active; what is printed and written into scripts stays as it was typed."
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/torchrun-x").write_text("#!/bin/sh\n")
+    (tmp_path / "bin/torchrun-x").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin/python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    seen = []
+    monkeypatch.setattr(runner, "run_steps", lambda steps, home, launcher, progress: seen.append(launcher) or [])
+    words = ["reproduce", "crossmae-3c", "--launcher", "torchrun-x --n 2", "--out", str(tmp_path / "out")]
+    assert cli.run(words) == 0 and seen == [(str(tmp_path / "bin/torchrun-x"), "--n", "2")]
+    assert cli.run([*words, "--script", str(tmp_path / "jobs.sh")]) == 0
+    text = (tmp_path / "jobs.sh").read_text()
+    assert "torchrun-x --n 2" in text and "bin/torchrun-x" not in text
+
+
+def test_a_training_that_could_not_begin_is_refused_before_anything_is_done(tmp_path, capsys):
+    for extra in (["--dry-run"], ["--script", str(tmp_path / "jobs.sh")], []):
+        assert cli.run(["reproduce", "crossmae-3c", "--options=--optim.epochs -20", "--out", str(tmp_path / "out"), *extra]) == 2
+        out, err = capsys.readouterr()
+        assert "--optim.epochs -20 must be positive" in err.splitlines()[0] and err.count("\n") == 1 and not out and not list(tmp_path.iterdir())
+    elsewhere = ["reproduce", "crossmae-3c", "--only", "25", "--columns", "linear", "--options=--train.precision fp16 --train.device cuda", "--out", str(tmp_path / "out")]
+    assert cli.run([*elsewhere, "--dry-run"]) == 0   # the machine that runs it may be another
+
+
 def test_dry_run_prints_commands_and_leaves_nothing(tmp_path, capsys):
     assert cli.run(["reproduce", "crossmae-3c", "--dry-run", "--seeds", "2", "--out", str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
