@@ -86,7 +86,7 @@ class AugmentConfig:
 class LabelledData:
     "Which images."
     root: Path | None = None
-    "Folder with class folders, ImageNet's layout, or CIFAR-10."
+    "Folder with class folders, ImageNet's layout, or CIFAR-10; digits: the built-in labelled images."
     limit: int | None = None
     "At most so many training images, balanced over classes."
     test_limit: int | None = None

@@ -8,6 +8,7 @@ __all__ = ['METHODS', 'method_name', 'config_from_dict', 'save_model', 'shipped'
 
 # %% ../../nbs/methods/19_catalogue.ipynb #d351ca28
 import json
+import shlex
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from difflib import get_close_matches
@@ -52,7 +53,7 @@ def save_model(folder: str | Path, model: MaskedAutoencoder, config: ModelConfig
 def _read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     if not (folder / "model.json").is_file() or not (folder / "model.safetensors").is_file():
         hint = "it trained a painter of views, which is no encoder: give a run of `mae-repro pretrain`" if (folder / "pipeline").is_dir() else \
-            f"it is an unfinished run: go on with `mae-repro resume {folder}`" if (folder / "config.json").is_file() else "give a run folder or a checkpoint file"
+            f"it is an unfinished run: go on with `mae-repro resume {shlex.quote(str(folder))}`" if (folder / "config.json").is_file() else "give a run folder or a checkpoint file"
         raise UserError(f"{folder}: holds no model.safetensors with model.json; {hint}")
     try:
         about = json.loads((folder / "model.json").read_text())

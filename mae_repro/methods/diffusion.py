@@ -8,6 +8,7 @@ __all__ = ['ROTATIONS', 'architecture', 'build_encoder', 'FrozenEncoder', 'build
 
 # %% ../../nbs/methods/16_diffusion.ipynb #2368ce1c
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -211,7 +212,7 @@ def open_pipeline(folder: str | Path, dtype: torch.dtype = torch.float32) -> Sel
     folder = folder / "pipeline" if (folder / "pipeline" / "model_index.json").is_file() else folder
     if not (folder / "model_index.json").is_file():
         hint = "it is a run of something else: give one of `mae-repro views train`" if (folder / "model.safetensors").is_file() else \
-            f"it is an unfinished run: go on with `mae-repro resume {folder}`" if (folder / "config.json").is_file() else "give the folder of a run of `mae-repro views train`"
+            f"it is an unfinished run: go on with `mae-repro resume {shlex.quote(str(folder))}`" if (folder / "config.json").is_file() else "give the folder of a run of `mae-repro views train`"
         raise UserError(f"{folder}: holds no diffusion pipeline (model_index.json); {hint}")
     quiet.disable_progress_bar()
     try:

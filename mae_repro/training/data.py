@@ -36,7 +36,7 @@ from ..views.videos import FrameFolders, VideoViews, open_videos
 class DataConfig:
     "Which data."
     root: Path | None = None
-    "Folder of images, videos, frame folders, bags or scenes, as --views.source needs; None: built-in photographs, or scenes rendered from them."
+    "Folder of images, videos, frame folders, bags or scenes, as --views.source needs; digits: the built-in labelled images; None: built-in photographs, or scenes rendered from them."
     split: str = "train"
     "Part of the data set, where it has parts."
     limit: int | None = None

@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -542,7 +543,7 @@ def fit(trainer: Trainer, look: Callable[[], None], progress: bool = True) -> No
             if stop or trainer.due(t.save_every):
                 save(trainer)
             if stop and trainer.done < trainer.total:
-                raise TrainingStopped(f"stopped after step {trainer.done} of {trainer.total}; go on with: mae-repro resume {trainer.run_dir}")
+                raise TrainingStopped(f"stopped after step {trainer.done} of {trainer.total}; go on with: mae-repro resume {shlex.quote(str(trainer.run_dir))}")
 
 
 def look_at(trainer: Trainer, probe: Callable | None, figure: Callable | None) -> None:
@@ -612,7 +613,7 @@ def is_finished(run_dir: Path | str) -> bool:
 def _found_run(config: Config, run_dir: Path | str | None, base: Path | str) -> tuple[Path, bool]:
     folder, made = open_run_dir(run_dir, config.recipe, base)
     if any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty; a run needs a folder of its own" + (f" (go on with it: mae-repro resume {folder})" if (folder / "config.json").is_file() else ""))
+        raise UserError(f"{folder} is not empty; a run needs a folder of its own" + (f" (go on with it: mae-repro resume {shlex.quote(str(folder))})" if (folder / "config.json").is_file() else ""))
     write_json(folder / "config.json", config_to_dict(config))
     return folder, made
 
@@ -657,7 +658,7 @@ def train_in(run_dir: Path, accelerator, make: Callable[[Interrupt], Trainer], b
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise TrainingFailed(f"no space left for {run_dir} at step {trainer.done}; the last checkpoint is intact. Make room, then: mae-repro resume {run_dir}") from None
+            raise TrainingFailed(f"no space left for {run_dir} at step {trainer.done}; the last checkpoint is intact. Make room, then: mae-repro resume {shlex.quote(str(run_dir))}") from None
     return run_dir
 
 
