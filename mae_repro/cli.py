@@ -698,7 +698,6 @@ class MatchArgs:
 def match(args: list[str]) -> int:
     from mae_repro.evaluation import matching as M
     from mae_repro.methods.catalogue import open_encoder
-    from mae_repro.parts.weights import UserError
     a = parse(MatchArgs, args, "mae-repro match")
     device, encoder = _device(a.device), open_encoder(a.encoder, pretrained=not a.untrained, seed=a.seed)
     sweep = {name: value for name in ("lrs", "weight_decays") if (value := getattr(a, name)) is not None}
