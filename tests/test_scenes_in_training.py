@@ -340,7 +340,7 @@ def test_recipes_as_published(name, views, per_batch, batch, steps, warmup):
     assert c.method.view_range == views and c.views.per_batch == per_batch and c.optim.batch_size == batch and c.views.single == .1 and not c.views.whole and c.views.joint is None
     assert c.optim.epochs * c.views.epoch_steps == steps and c.optim.warmup_epochs * c.views.epoch_steps == warmup
     if name != "mum-small":
-        assert c.optim.base_lr == 1.5e-4 and c.views.scale == (.2, 1.) and c.train.precision == "bf16"
+        assert c.optim.base_lr == (1.5e-4 if name == "mum-base" else 1e-4) and c.views.scale == (.2, 1.) and c.train.precision == "bf16"
         validate(c, processes=batch // per_batch)
 
 
