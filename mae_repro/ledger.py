@@ -132,7 +132,8 @@ def ordered(table: str, column: str, rows: Iterable[str]) -> Callable[[Results],
         if not seeds:
             return Finding("not run")
         held = [all(a > b for a, b in zip(line, line[1:])) for s in seeds for line in [[n[s] for n in numbers.values()]]]
-        text = ", ".join(f"{r} {_with_half(*mean_and_half([n[s] for s in seeds]), _column(found[table], column)['digits'])}" for r, n in numbers.items()) + f"; so ordered for {sum(held)} of {len(seeds)} seeds"
+        digits = _column(found[table], column)["digits"]
+        text = ", ".join(f"{r} {_with_half(*mean_and_half([n[s] for s in seeds]), digits)}" for r, n in numbers.items()) + f"; so ordered for {sum(held)} of {len(seeds)} seeds"
         return Finding("undecided" if len(seeds) < 2 or any(held) != all(held) else "holds" if all(held) else "does not hold", text, **_provenance(found[table]))
     return test
 

@@ -514,6 +514,8 @@ def test_features_of_layers(encoder):
     torch.testing.assert_close(alone, tokens[1:, 1:], atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="layer 3 is not a block"):
         M.patch_features(encoder, images, (3,))
+    with pytest.raises(ValueError, match="layers is empty"):
+        M.patch_features(encoder, images, ())
 
 
 def test_features_of_timm():
@@ -522,6 +524,8 @@ def test_features_of_timm():
     images = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(M.patch_features(vit, images, (1,))[0], vit.forward_features(images)[:, 3:])
     assert M.patch_features(vit, images, (0,), norm=False)[0].shape == (1, 16, 24)
+    with pytest.raises(ValueError, match="layers is empty"):
+        M.patch_features(vit, images, ())
 
 
 # probe

@@ -67,9 +67,6 @@ class DenseSet:
         rows, load = list(rows), self.load
         return replace(self, names=tuple(self.names[r] for r in rows), groups=tuple(self.groups[r] for r in rows), load=lambda i, size: load(rows[i], size))
 
-# %% ../../nbs/evaluation/48_dense_maps.ipynb #e747a0e3
-#| export
-
 # %% ../../nbs/evaluation/48_dense_maps.ipynb #6662f51f
 def remembered(data: DenseSet, size: tuple[int, int], cache_bytes: float) -> DenseSet:
     "The same pictures and truths at `size`, kept in memory once they were loaded, as far as they fit: several encoders look at them."

@@ -66,6 +66,8 @@ def block_tokens(encoder: nn.Module, images: Tensor, layers: Sequence[int] = (-1
     if not of_timm and not hasattr(encoder, "get_intermediate_layers"):
         raise ValueError(f"{type(encoder).__name__} has no get_intermediate_layers: give one of our encoders, or a Vision Transformer of timm")
     depth, has_cls = len(encoder.blocks), getattr(encoder, "cls_token", None) is not None
+    if not layers:
+        raise ValueError(f"layers is empty: give some of the {depth} blocks of this encoder, {-depth}..{depth - 1}")
     for layer in layers:
         if not -depth <= layer < depth:
             raise ValueError(f"layer {layer} is not a block of this encoder: there are {depth}, so give {-depth}..{depth - 1}")
